@@ -1,0 +1,7 @@
+"""Text -> token rows -> activations on disk -> shuffled batches. Knows nothing of sparse autoencoders."""
+
+from activation_store.config import DataConfig, HarvestConfig, ModelConfig
+from activation_store.errors import InputError
+from activation_store.store import ActivationStore, HookStatistics
+
+__all__ = ["ActivationStore", "DataConfig", "HarvestConfig", "HookStatistics", "InputError", "ModelConfig"]

@@ -1,0 +1,107 @@
+"""Files that are either whole or absent: write aside, fsync, rename."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from activation_store.errors import InputError
+
+# A sink is one bytes-like object or several, so that a header or a checksum needs no copy of the payload.
+Payload = bytes | bytearray | memoryview
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def full_disk_is_input(path: Path) -> Iterator[None]:
+    """Turn "no space left" into one clear InputError that names the file and the folder to free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise InputError(
+            f"disk full while writing {path} ({free / 1e6:.0f} MB free): free space there, or point runs_dir elsewhere, "
+            "then run the same command again; finished work is kept"
+        ) from error
+
+
+def write_atomic(path: Path, *parts: Payload) -> None:
+    """Write `parts` one after another to `path`, so that a reader or a crash sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with full_disk_is_input(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(aside, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON, and no reader agrees on it."""
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def folder_aside(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on success it replaces `path`, on failure it is removed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    with full_disk_is_input(path):
+        aside.mkdir(parents=True)
+        try:
+            yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as handle:
+                        os.fsync(handle.fileno())
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        sync_folder(path.parent)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a journal of one JSON object a line; a last line cut off by a crash is left out, any other fault raises."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline was never committed
+
+
+def append_json_line(path: Path, value: dict[str, Any]) -> None:
+    """Append one JSON object to a journal, durably, mending a line that a crash cut off before."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    with full_disk_is_input(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+") as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":  # cut the torn line, back to the last committed one
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())

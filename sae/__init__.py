@@ -1,0 +1,10 @@
+"""Sparse autoencoders: architectures, training, evaluation, formats and steering. Knows nothing of LLM explainers.
+
+Imports with torch, numpy, safetensors and pydantic alone; everything heavier is imported where it is used.
+"""
+
+from sae.config import EvaluateConfig, TrainConfig
+from sae.sae import SAE, LatentStatistics, SAEConfig
+from sae.train import train
+
+__all__ = ["SAE", "EvaluateConfig", "LatentStatistics", "SAEConfig", "TrainConfig", "train"]

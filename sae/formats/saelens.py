@@ -1,0 +1,90 @@
+"""SAELens v6 folders: cfg.json + sae_weights.safetensors. Also monosem's own format; what we add sits under `metadata`
+and in latents.safetensors (max_activation and density of each latent), which SAELens does not read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from activation_store.errors import InputError, first_line
+from activation_store.files import folder_aside
+from sae.sae import SAE, LatentStatistics, SAEConfig
+
+_CONFIG, _WEIGHTS, _LATENTS = "cfg.json", "sae_weights.safetensors", "latents.safetensors"
+# expected_average_only_in is folded into the weights of every exported SAE, so at inference it changes nothing.
+_NO_RUN_TIME_SCALING = ("none", "expected_average_only_in", None, False)
+
+
+class SAELensFormat:
+    """See the module."""
+
+    def detect(self, path: Path) -> bool:
+        """Say whether both files are there and the config is v6 (nested: hook_name under `metadata`)."""
+        if not (path / _CONFIG).is_file() or not (path / _WEIGHTS).is_file():
+            return False
+        try:
+            cfg = json.loads((path / _CONFIG).read_text())
+        except ValueError:
+            return False
+        return isinstance(cfg, dict) and isinstance(cfg.get("metadata"), dict) and "architecture" in cfg
+
+    def load(self, path: Path) -> SAE:
+        """Read weights and config; every shape is checked against the config."""
+        from sae.architectures import ARCHITECTURES
+
+        cfg: dict[str, Any] = json.loads((path / _CONFIG).read_text())
+        if cfg["architecture"] not in ARCHITECTURES:
+            raise InputError(f"{path}: architecture {cfg['architecture']!r}; known: {', '.join(ARCHITECTURES)}")
+        if cfg.get("normalize_activations") not in _NO_RUN_TIME_SCALING:
+            raise InputError(f"{path}: normalize_activations {cfg['normalize_activations']!r} at run time is not supported")
+        if cfg.get("reshape_activations", "none") != "none":
+            raise InputError(f"{path}: reshape_activations {cfg['reshape_activations']!r} is not supported")
+        metadata = dict(cfg["metadata"])
+        sae = ARCHITECTURES[cfg["architecture"]](
+            SAEConfig(
+                architecture=cfg["architecture"], d_in=cfg["d_in"], d_sae=cfg["d_sae"], hook_name=metadata.get("hook_name"),
+                dtype=str(cfg.get("dtype", "float32")).removeprefix("torch."),
+                apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True), metadata=metadata,
+            )
+        )  # fmt: skip
+        try:
+            weights = load_file(path / _WEIGHTS)
+        except SafetensorError as error:
+            raise InputError(f"{path / _WEIGHTS}: not a readable safetensors file ({first_line(error)})") from error
+        expected = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        if expected != found:
+            raise InputError(f"{path}: tensors {found} do not fit the config, which asks for {expected}")
+        sae.load_state_dict(weights)
+        if (path / _LATENTS).exists():
+            side = load_file(path / _LATENTS)
+            sae.latents = LatentStatistics(side["max_activation"], side["density"], int(side["tokens"]))
+        return sae
+
+    def save(self, sae: SAE, path: Path) -> None:
+        """Write the folder, whole or not at all."""
+        config = {
+            "architecture": sae.cfg.architecture,
+            "d_in": sae.cfg.d_in,
+            "d_sae": sae.cfg.d_sae,
+            "dtype": sae.cfg.dtype,
+            "device": "cpu",
+            "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+            "metadata": {**sae.cfg.metadata, "hook_name": sae.cfg.hook_name},
+        }
+        with folder_aside(path) as aside:
+            weights = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
+            save_file(weights, aside / _WEIGHTS)
+            (aside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            if sae.latents is not None:
+                side = {
+                    "max_activation": sae.latents.max_activation.cpu().contiguous(),
+                    "density": sae.latents.density.cpu().contiguous(),
+                    "tokens": torch.tensor(sae.latents.tokens),
+                }
+                save_file(side, aside / _LATENTS)

@@ -1,0 +1,138 @@
+"""The SAE: one interface over all architectures. Raw model activations in, raw model activations out."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from activation_store.errors import InputError
+
+if TYPE_CHECKING:
+    from sae.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE is. Field names are SAELens v6's; `metadata` holds where it comes from and how it was trained."""
+
+    architecture: str
+    d_in: int
+    d_sae: int
+    hook_name: str | None = None
+    dtype: str = "float32"
+    apply_b_dec_to_input: bool = True
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """What each latent does on a corpus, special tokens left out: (d_sae,) tensors, and the tokens they come from."""
+
+    max_activation: Tensor
+    density: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TrainingLoss:
+    """One step's loss and what it is made of; all are scalars on the device but `latents` and `reconstruction`."""
+
+    loss: Tensor
+    mse: Tensor
+    l1: Tensor
+    latents: Tensor
+    reconstruction: Tensor
+
+
+class SAE(nn.Module):
+    """A dictionary over model activations: f = encode(x), x_hat = decode(f).
+
+    W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in), b_dec (d_in). Subclasses, one file each in architectures/,
+    say how latents come about, how they are trained, and how scalings fold into the weights. A loaded or trained SAE
+    takes raw activations: whatever scaling training used is folded in.
+    """
+
+    architecture: ClassVar[str]
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+    def __init__(self, cfg: SAEConfig) -> None:
+        """Hold the config; subclasses create their parameters, uninitialised."""
+        super().__init__()
+        self.cfg = cfg
+        self.latents: LatentStatistics | None = None  # the corpus maximum and density, once they have been measured
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return latents: (..., d_in) -> (..., d_sae)."""
+        raise NotImplementedError
+
+    def decode(self, f: Tensor) -> Tensor:
+        """Return reconstructions: (..., d_sae) -> (..., d_in)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the reconstruction of x, (..., d_in)."""
+        return self.decode(self.encode(x))
+
+    def directions(self, latents: Tensor) -> Tensor:
+        """Return decoder rows, (n, d_in), of the given latent numbers."""
+        return self.W_dec[latents]
+
+    # Training; only architectures that can be trained have these
+
+    @classmethod
+    def initialise(cls, config: "TrainConfig", d_in: int, mean: Tensor) -> "SAE":
+        """Return a fresh SAE on the CPU, a pure function of config.seed; `mean` (d_in) is of the scaled inputs."""
+        raise NotImplementedError
+
+    def training_loss(self, x: Tensor, config: "TrainConfig", coefficient: Tensor | float) -> TrainingLoss:
+        """Return the loss on scaled inputs x (batch, d_in) with the current sparsity coefficient."""
+        raise NotImplementedError
+
+    def before_step(self, config: "TrainConfig") -> None:
+        """Change gradients before the optimiser's step."""
+
+    def after_step(self, config: "TrainConfig") -> None:
+        """Change weights after the optimiser's step."""
+
+    def fold_scale(self, scale: float) -> None:
+        """Fold an input scaling into the weights: afterwards the SAE takes x where it was trained on scale * x."""
+        raise NotImplementedError
+
+    # Saving and loading
+
+    def save(self, path: str | Path, format: str = "saelens") -> None:
+        """Write the SAE as a folder, atomically. Raises InputError for an unknown format."""
+        from sae.formats import FORMATS
+
+        if format not in FORMATS:
+            raise InputError(f"format: {format!r} given; allowed: {', '.join(FORMATS)}")
+        FORMATS[format].save(self, Path(path))
+
+    @staticmethod
+    def load(path: str | Path, device: str | torch.device = "cpu") -> "SAE":
+        """Load an SAE folder of any known format, detected by content; its weights take no gradient.
+
+        Raises InputError where the folder holds none that is known, or one that is not consistent with itself.
+        """
+        from sae.formats import FORMATS
+
+        path = Path(path)
+        matching = [format for format in FORMATS.values() if format.detect(path)]
+        if len(matching) != 1:
+            raise InputError(f"{path}: {len(matching)} known SAE formats match; known: {', '.join(FORMATS)}")
+        return matching[0].load(path).to(device).eval().requires_grad_(False)
+
+    def with_metadata(self, **facts: Any) -> "SAE":
+        """Add facts to the metadata, in place, and return self; `hook_name` goes to its own field."""
+        hook = facts.pop("hook_name", self.cfg.hook_name)
+        self.cfg = replace(self.cfg, hook_name=hook, metadata={**self.cfg.metadata, **facts})
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """Return the config as plain values."""
+        return asdict(self.cfg)
