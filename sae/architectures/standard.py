@@ -60,8 +60,8 @@ class StandardSAE(SAE):
         f = self.encode(x)
         reconstruction = self.decode(f)
         mse = (reconstruction.float() - x).square().sum(-1).mean()
-        weights = f if config.sparsity_norm == "unit_norm" else f * self.W_dec.norm(dim=1)
-        l1 = weights.float().sum(-1).mean()
+        # f @ norms, not (f * norms).sum(-1): one pass over (batch, d_sae) instead of three
+        l1 = (f.sum(-1) if config.sparsity_norm == "unit_norm" else f @ self.W_dec.norm(dim=1)).float().mean()
         return TrainingLoss(mse + coefficient * l1, mse, l1, f, reconstruction)
 
     @torch.no_grad()

@@ -1,0 +1,17 @@
+"""Who proposes and simulates. Adding a backend is a file here and a line below."""
+
+from pathlib import Path
+
+from explain.backends.backend import Backend, Explanation, RequestFailed
+from explain.backends.chat import ChatBackend
+from explain.backends.lookup import LookupBackend
+from explain.config import ExplainConfig
+
+__all__ = ["BACKENDS", "Backend", "ChatBackend", "Explanation", "LookupBackend", "RequestFailed", "make_backend"]
+
+BACKENDS: dict[str, type[Backend]] = {"lookup": LookupBackend, "openai": ChatBackend}
+
+
+def make_backend(config: ExplainConfig, folder: Path) -> Backend:
+    """Return the configured backend; `folder` is where it may keep a journal of its requests."""
+    return BACKENDS[config.backend](config, folder)

@@ -1,0 +1,118 @@
+"""Any OpenAI-compatible chat server: proposes a description, then simulates a window in one answer of integers 0-10."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from explain.backends.backend import Explanation, RequestFailed
+from explain.client import ChatClient
+from explain.config import ExplainConfig
+from explain.examples import Example, Unit
+
+_PROMPTS = Path(__file__).parent.parent / "prompts"
+_LEVELS = 10
+
+
+def prompt(name: str) -> str:
+    """Return one of our prompt files."""
+    return (_PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def levels(activations: list[float], top: float) -> list[int]:
+    """Quantise to 0..10 as Bills et al. 2023: floor(10 * max(a, 0) / top), capped at 10.
+
+    >>> levels([0.0, 0.05, 0.5, 1.0, -3.0], 1.0)
+    [0, 0, 5, 10, 0]
+    """
+    return [min(_LEVELS, math.floor(_LEVELS * max(a, 0.0) / top)) if top > 0 else 0 for a in activations]
+
+
+class ChatBackend:
+    """See the module. Answers that cannot be read are asked again, saying what was wrong, then fail with a reason."""
+
+    def __init__(self, config: ExplainConfig, folder: Path) -> None:
+        """Open a client whose answers are journalled in `folder`."""
+        self.config = config
+        self.client = ChatClient(config, folder / "requests.jsonl")
+        self._propose, self._simulate = prompt("propose"), prompt("simulate")
+
+    async def propose(self, unit: Unit) -> Explanation:
+        """Show the training examples with their levels and take the description from the answer's JSON."""
+        top = max((max(e.activations) for e in unit.train), default=0.0)
+        shown = "\n\n".join(_excerpt(i, e, levels(e.activations, top)) for i, e in enumerate(unit.train, 1))
+        schema = {"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"],
+                  "additionalProperties": False}  # fmt: skip
+
+        def read(answer: Any) -> str:
+            text = answer.get("description") if isinstance(answer, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError('expected {"description": "..."} with a non-empty string')
+            return text.strip()
+
+        return Explanation(await self._ask(self._propose, shown, schema, read))
+
+    async def simulate(self, explanation: Explanation, example: Example) -> list[float]:
+        """Ask for one integer 0-10 a token of the window, in order."""
+        n = len(example.tokens)
+        user = json.dumps(
+            {"description": explanation.text, "count": n, "tokens": dict(enumerate(example.tokens))}, ensure_ascii=False
+        )
+        numbers = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _LEVELS}, "minItems": n, "maxItems": n}
+        schema = {"type": "object", "properties": {"activations": numbers}, "required": ["activations"],
+                  "additionalProperties": False}  # fmt: skip
+
+        def read(answer: Any) -> list[float]:
+            values = answer.get("activations") if isinstance(answer, dict) else None
+            if not isinstance(values, list) or len(values) != n:
+                found = len(values) if isinstance(values, list) else "no list"
+                raise ValueError(f'expected {{"activations": [...]}} with exactly {n} integers, got {found}')
+            if not all(isinstance(v, int) and 0 <= v <= _LEVELS for v in values):
+                raise ValueError(f"expected integers from 0 to {_LEVELS}")
+            return [float(v) for v in values]
+
+        return await self._ask(self._simulate, user, schema, read)
+
+    async def _ask(self, system: str, user: str, schema: dict[str, Any], read: Any) -> Any:
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+        fault = ""
+        for attempt in range(self.config.retries + 1):
+            answer = await self.client.complete(messages, schema, attempt)
+            try:
+                return read(json.loads(_json_part(answer)))
+            except ValueError as error:  # json's own error is a ValueError too
+                fault = str(error)
+                messages = [
+                    *messages[:2],
+                    {"role": "assistant", "content": answer[:500]},
+                    {"role": "user", "content": f"That answer could not be read: {fault}. Answer again, with the JSON alone."},
+                ]
+        raise RequestFailed(f"unreadable answer after {self.config.retries + 1} attempts: {fault}")
+
+    def facts(self) -> dict[str, Any]:
+        """Name the instrument, so that scores of different ones are never confused."""
+        return {
+            "instrument": "chat integers 0-10, one answer a window",
+            "model": self.config.model,
+            "propose_prompt": hashlib.sha256(self._propose.encode()).hexdigest()[:16],
+            "simulate_prompt": hashlib.sha256(self._simulate.encode()).hexdigest()[:16],
+            **self.client.usage(),
+        }
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self.client.close()
+
+
+def _excerpt(number: int, example: Example, level: list[int]) -> str:
+    """Return an excerpt with its firing tokens marked, then those tokens with their levels."""
+    marked = "".join(f"<<{token}>>" if value > 0 else token for token, value in zip(example.tokens, level, strict=True))
+    pairs = ", ".join(f"{token!r}: {value}" for token, value in zip(example.tokens, level, strict=True) if value > 0)
+    return f"Excerpt {number}: {marked}\nLevels: {pairs or 'none'}"
+
+
+def _json_part(answer: str) -> str:
+    """Return what stands between the first and the last brace: models like to wrap JSON in words or fences."""
+    start, end = answer.find("{"), answer.rfind("}")
+    return answer[start : end + 1] if 0 <= start < end else answer

@@ -1,0 +1,117 @@
+"""Requests to an OpenAI-compatible chat server: bounded in number, retried, journalled, never sent twice once answered."""
+
+import asyncio
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from activation_store.errors import InputError, first_line
+from activation_store.files import append_json_line, read_json_lines
+from explain.backends.backend import RequestFailed
+from explain.config import ExplainConfig
+
+
+def connect(config: ExplainConfig) -> Any:
+    """Return an AsyncOpenAI client; the key comes from OPENAI_API_KEY and is kept nowhere.
+
+    Raises InputError where no key is set and the server is not a local one of the user's (base_url or OPENAI_BASE_URL).
+    """
+    import openai
+
+    base_url = config.base_url or os.environ.get("OPENAI_BASE_URL") or None
+    key = os.environ.get("OPENAI_API_KEY") or ("unused" if base_url else None)
+    if key is None:
+        raise InputError("OPENAI_API_KEY is not set: set it, or point OPENAI_BASE_URL at a server that needs none")
+    return openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=config.retries, timeout=config.timeout)
+
+
+def check_server(config: ExplainConfig) -> None:
+    """Raise InputError if the server cannot be reached or refuses the key. Called before long work, not after it."""
+    import openai
+
+    async def ask() -> None:
+        client = connect(config)
+        try:
+            await client.with_options(max_retries=1, timeout=min(config.timeout, 20)).models.list()
+        except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise InputError(f"explain.base_url: the LLM server at {client.base_url} does not serve us: {reason(error)}") from None
+        except openai.APIError:
+            pass  # not every server lists its models; it is there, which is what was asked
+        finally:
+            await client.close()
+
+    asyncio.run(ask())
+
+
+def reason(error: Exception) -> str:
+    """Say in one line why a request failed, with the key taken out should the server have quoted it."""
+    status = getattr(error, "status_code", None)
+    text = f"HTTP {status} ({first_line(error)})" if status else first_line(error)
+    cause = error.__cause__
+    text += f", {first_line(cause)}" if cause is not None else ""
+    key = os.environ.get("OPENAI_API_KEY")
+    return (text.replace(key, "[key]") if key else text)[:300]
+
+
+class ChatClient:
+    """Chat completions with a journal: one line a request, keyed by a hash of all that decides the answer."""
+
+    def __init__(self, config: ExplainConfig, journal: Path) -> None:
+        """Read what was answered before; open no connection yet."""
+        self.config = config
+        self._journal = journal
+        self._answers = {line["key"]: line["answer"] for line in read_json_lines(journal)}
+        self._client = connect(config)
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._counts = {"requests_sent": 0, "requests_from_journal": 0, "prompt_tokens": 0, "completion_tokens": 0}
+
+    async def complete(self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int) -> str:
+        """Return the answer's text. `attempt` above 0 asks afresh for one that could not be read.
+
+        Transport faults and statuses 408, 409, 429 and 5xx are retried by the openai package, which honours Retry-After.
+        Raises RequestFailed with the reason once that is exhausted.
+        """
+        import openai
+
+        request: dict[str, Any] = {
+            "model": self.config.model, "messages": messages, "temperature": 0.0 if attempt == 0 else 0.5, "seed": attempt,
+        }  # fmt: skip
+        if self.config.response_format == "json_schema":
+            request["response_format"] = {
+                "type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema},
+            }  # fmt: skip
+        elif self.config.response_format == "json_object":
+            request["response_format"] = {"type": "json_object"}
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        if key in self._answers:
+            self._counts["requests_from_journal"] += 1
+            return str(self._answers[key])
+        async with self._slots:
+            self._counts["requests_sent"] += 1
+            try:
+                reply = await self._client.chat.completions.create(**request)
+            except openai.APIError as error:
+                raise RequestFailed(reason(error)) from None
+            except ValueError as error:  # a body that is not JSON
+                raise RequestFailed(f"the server's reply is not an API answer: {first_line(error)}") from None
+        usage = getattr(reply, "usage", None)
+        if usage is not None:
+            self._counts["prompt_tokens"] += usage.prompt_tokens or 0
+            self._counts["completion_tokens"] += usage.completion_tokens or 0
+        choices = getattr(reply, "choices", None)
+        text = choices[0].message.content if choices else None
+        if not isinstance(text, str):
+            raise RequestFailed(f"the server's reply holds no text: {str(reply)[:120]!r}")
+        append_json_line(self._journal, {"key": key, "answer": text})
+        self._answers[key] = text
+        return text
+
+    def usage(self) -> dict[str, int]:
+        """Return how many requests were sent and what they cost in tokens."""
+        return dict(self._counts)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()

@@ -1,0 +1,36 @@
+"""What a run says about explaining its features."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from activation_store.config import Section
+
+
+class ExplainConfig(Section):
+    """Which units to explain, from how many examples, and who proposes and simulates.
+
+    `latents` and `neurons` are a number (drawn at random, by seed, from those that fire in both splits) or a list.
+    Neurons are those of `neuron_hook` (default: the SAE's hook), read through an identity dictionary. Examples are windows
+    of `window` tokens: proposals see training windows only, scores come from held-out ones only.
+    """
+
+    backend: Literal["lookup", "openai"] = "lookup"
+    latents: int | tuple[int, ...] = 50
+    neurons: int | tuple[int, ...] = 0
+    neuron_hook: str | None = None
+    window: int = Field(default=32, ge=2)
+    train_top: int = Field(default=10, ge=1)
+    train_sampled: int = Field(default=10, ge=0)
+    test_top: int = Field(default=5, ge=1)
+    test_sampled: int = Field(default=5, ge=0)
+    test_random: int = Field(default=10, ge=0)
+    shuffled_control: bool = True
+    checkpoint_seconds: float = Field(default=30.0, gt=0)
+    # The openai backend: any OpenAI-compatible chat server; the key comes from OPENAI_API_KEY alone
+    model: str = "gpt-4o-mini"
+    base_url: str | None = None
+    concurrency: int = Field(default=8, ge=1)
+    timeout: float = Field(default=60.0, gt=0)
+    retries: int = Field(default=4, ge=0, description="of a request that failed, and of an answer that cannot be read")
+    response_format: Literal["json_schema", "json_object", "text"] = "json_schema"

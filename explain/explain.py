@@ -1,0 +1,227 @@
+"""The explanation stage: evidence for all latents, then propose, simulate and score for the chosen units."""
+
+import asyncio
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from activation_store.errors import InputError
+from activation_store.files import append_json_line, read_json_lines, write_atomic, write_json
+from activation_store.store import ActivationStore
+from explain.backends import Backend, Explanation, LookupBackend, RequestFailed, make_backend
+from explain.config import ExplainConfig
+from explain.evidence import Evidence, gather_evidence
+from explain.examples import Unit, choose_units
+from explain.scores import correlation_scores
+from sae.architectures.identity import IdentitySAE
+from sae.sae import SAE, LatentStatistics
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ExplainResult:
+    """What the stage did: the summary as written to summary.json, and the SAE's latent statistics."""
+
+    summary: dict[str, Any]
+    latents: LatentStatistics
+
+
+def explain(
+    sae: SAE,
+    store: ActivationStore,
+    tokenizer: Any,
+    config: ExplainConfig,
+    folder: Path,
+    *,
+    seed: int = 0,
+    evidence_progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
+) -> ExplainResult:
+    """Describe the chosen latents and neurons and score the descriptions; write everything under `folder`.
+
+    units.jsonl holds each unit's examples, scores.jsonl one final line a unit, results.jsonl the journal with every
+    predicted activation, summary.json the means with counts. A unit is scored, undefined (no correlation exists: NaN, with
+    the reason) or failed (a request failed, with the reason). Means are over scored units only; the counts stand beside.
+
+    Started again after a kill it goes on: no finished unit is redone, no answered request is sent again. Units that
+    failed are tried again.
+    """
+    hook = sae.cfg.hook_name or store.hooks[0]
+    backend = make_backend(config, folder)
+    wanted: list[tuple[str, SAE, str, int | tuple[int, ...]]] = [("sae", sae, hook, config.latents)]
+    if config.neurons:
+        neuron_hook = config.neuron_hook or hook
+        identity = IdentitySAE.of(neuron_hook, store.width(neuron_hook))
+        wanted.append(("neurons", identity, neuron_hook, config.neurons))
+    for dictionary, source, _, choice in wanted:
+        bad = [n for n in choice if not 0 <= n < source.cfg.d_sae] if not isinstance(choice, int) else []
+        if bad:
+            raise InputError(f"explain: {dictionary} {bad} are outside 0..{source.cfg.d_sae - 1}")
+    units_file, statistics_file = folder / "units.jsonl", folder / "evidence.json"
+    latents = sae.latents
+    if not units_file.exists() or latents is None:
+        units: list[Unit] = []
+        counts: dict[str, Any] = {}
+        for dictionary, source, where, choice in wanted:
+            train, held_out = (
+                gather_evidence(
+                    source, store, where, split, window=config.window, top=2 * top, sample=2 * sampled, seed=seed,
+                    checkpoint=folder / f"evidence-{dictionary}-{split}.safetensors",
+                    checkpoint_seconds=config.checkpoint_seconds, progress=evidence_progress,
+                )
+                for split, top, sampled in (
+                    ("train", config.train_top, config.train_sampled), ("held_out", config.test_top, config.test_sampled),
+                )
+            )  # fmt: skip
+            chosen, eligible = _choose(choice, train, held_out, seed)
+            counts[dictionary] = {"latents": source.cfg.d_sae, "eligible": eligible, "chosen": len(chosen)}
+            units += choose_units(
+                source, store, dictionary, where, chosen, train, held_out, config,
+                lambda ids: str(tokenizer.decode(ids)), seed,
+            )  # fmt: skip
+            if dictionary == "sae":
+                latents = train.statistics
+        write_json(statistics_file, counts)
+        write_atomic(units_file, "".join(json.dumps(u.as_json(), ensure_ascii=False) + "\n" for u in units).encode())
+    assert latents is not None
+    units = [Unit.of_json(line) for line in read_json_lines(units_file)]
+    results, failures = asyncio.run(_describe_and_score(units, config, backend, folder / "results.jsonl", seed, progress))
+    lines = [_final_line(unit, results.get(unit.name), failures.get(unit.name)) for unit in units]
+    write_atomic(folder / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    summary = {
+        "backend": config.backend,
+        **backend.facts(),
+        "dictionaries": {
+            name: {**counted, **_summary([line for line in lines if line["dictionary"] == name])}
+            for name, counted in json.loads(statistics_file.read_text()).items()
+        },
+    }
+    write_json(folder / "summary.json", summary)
+    return ExplainResult(summary, latents)
+
+
+def _choose(choice: int | tuple[int, ...], train: Evidence, held_out: Evidence, seed: int) -> tuple[list[int], int]:
+    """Return the latents to explain, and how many of all latents could be drawn: those that fire in both splits."""
+    fires: Tensor = (train.statistics.max_activation > 0) & (held_out.statistics.max_activation > 0)
+    eligible = np.flatnonzero(fires.numpy())
+    if not isinstance(choice, int):
+        return list(choice), len(eligible)
+    generator = np.random.Generator(np.random.PCG64([seed, 2]))
+    return sorted(generator.choice(eligible, size=min(choice, len(eligible)), replace=False).tolist()), len(eligible)
+
+
+async def _describe_and_score(
+    units: list[Unit], config: ExplainConfig, backend: Backend, journal: Path, seed: int, progress: Progress
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Run all units, `concurrency` at a time; return finished results by unit, and reasons of those that failed.
+
+    The shuffled control scores another unit's explanation (of the same dictionary) on this unit's test examples.
+    """
+    done = {line["unit"]: line for line in read_json_lines(journal)}
+    failures: dict[str, str] = {}
+    lookup = LookupBackend(config, journal.parent)
+    slots = asyncio.Semaphore(config.concurrency)
+    other = _derangement(units, seed)
+    explanations: dict[str, Explanation] = {}
+    finished = 0
+
+    async def describe(unit: Unit) -> None:
+        async with slots:
+            try:
+                explanations[unit.name] = await backend.propose(unit)
+            except RequestFailed as error:
+                failures[unit.name] = f"propose: {error}"
+
+    async def score(unit: Unit) -> None:
+        nonlocal finished
+        async with slots:
+            try:
+                if unit.name not in failures and unit.name not in done:
+                    line = await score_unit(unit)
+                    append_json_line(journal, line)
+                    done[unit.name] = line
+            except RequestFailed as error:
+                failures[unit.name] = f"simulate: {error}"
+            finished += 1
+            progress(finished, len(units))
+
+    async def score_unit(unit: Unit) -> dict[str, Any]:
+        true = [example.activations for example in unit.test]
+        explanation = explanations[unit.name]
+        line: dict[str, Any] = {"unit": unit.name, "description": explanation.text}
+        own = [await backend.simulate(explanation, example) for example in unit.test]
+        line["predicted"] = own
+        line |= {key: _number(value) for key, value in vars(correlation_scores(true, own)).items()}
+        table = await lookup.propose(unit)
+        by_lookup = [await lookup.simulate(table, example) for example in unit.test]
+        line["lookup_correlation"] = _number(correlation_scores(true, by_lookup).ev_correlation)
+        if config.shuffled_control:
+            stranger = explanations.get(other.get(unit.name, ""))
+            if stranger is not None:
+                shuffled = [await backend.simulate(stranger, example) for example in unit.test]
+                line["shuffled_correlation"] = _number(correlation_scores(true, shuffled).ev_correlation)
+        return line
+
+    progress(0, len(units))
+    await asyncio.gather(*(describe(unit) for unit in units))
+    await asyncio.gather(*(score(unit) for unit in units))
+    await backend.close()
+    return done, failures
+
+
+def _derangement(units: list[Unit], seed: int) -> dict[str, str]:
+    """Give each unit another one of its dictionary: a random cyclic order, so nobody gets itself."""
+    result = {}
+    for dictionary in sorted({unit.dictionary for unit in units}):
+        names = [unit.name for unit in units if unit.dictionary == dictionary]
+        order = np.random.Generator(np.random.PCG64([seed, 3])).permutation(len(names))
+        if len(names) > 1:
+            for i, at in enumerate(order):
+                result[names[at]] = names[order[(i + 1) % len(order)]]
+    return result
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _final_line(unit: Unit, result: dict[str, Any] | None, failure: str | None) -> dict[str, Any]:
+    """Return a unit's line of scores.jsonl: state, reason, description, scores, and the windows behind them."""
+    line: dict[str, Any] = {
+        "unit": unit.name, "dictionary": unit.dictionary, "hook": unit.hook, "latent": unit.latent,
+        "density": unit.density, "max_activation": unit.max_activation, "state": "scored", "reason": None,
+        "description": None, "ev_correlation": None, "rsquared": None, "absolute_dev_explained": None,
+        "lookup_correlation": None, "shuffled_correlation": None,
+        "train_windows": [e.window for e in unit.train], "test_windows": [e.window for e in unit.test],
+        "test_tokens": sum(len(e.tokens) for e in unit.test),
+    }  # fmt: skip
+    if result is None:
+        return {**line, "state": "failed", "reason": failure or "not reached"}
+    line |= {key: value for key, value in result.items() if key in line}
+    if line["ev_correlation"] is None:
+        true = [a for e in unit.test for a in e.activations]
+        constant = not true or max(true) == min(true)
+        why = "the unit does not vary on its test examples" if constant else "the predictions do not vary"
+        line |= {"state": "undefined", "reason": f"correlation undefined: {why}"}
+    return line
+
+
+def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return counts by state and the means over scored units; each mean says over how many."""
+
+    def mean(key: str) -> dict[str, Any]:
+        values = [line[key] for line in lines if line["state"] == "scored" and line[key] is not None]
+        error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+        return {"mean": float(np.mean(values)) if values else None, "standard_error": error, "units": len(values)}
+
+    states = {state: sum(line["state"] == state for line in lines) for state in ("scored", "undefined", "failed")}
+    keys = ("ev_correlation", "rsquared", "absolute_dev_explained", "lookup_correlation", "shuffled_correlation")
+    reasons = sorted({line["reason"] for line in lines if line["state"] == "failed"})
+    return {**states, **{key: mean(key) for key in keys}, "failure_reasons": reasons[:5]}
