@@ -10,7 +10,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """Base of every config section: unknown keys are errors, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelConfig(Section):

@@ -5,6 +5,7 @@ which module of each architecture they mean; it is asked once, on a model withou
 model that it wraps and forces eager attention. The forward pass itself then runs on the untouched model.
 """
 
+import copy
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ def locate_hooks(model: nn.Module, names: Sequence[str]) -> dict[str, HookSite]:
         for side in ("in", "out"):
             point = getattr(module, f"hook_{side}", None)
             if isinstance(point, nn.Module):
-                sites.setdefault(id(point), HookSite(_WRAPPED.sub("", path).lstrip("."), side))  # type: ignore[arg-type]
+                sites.setdefault(id(point), HookSite(_WRAPPED.sub("", path).lstrip("."), side))
     found = {}
     for name in names:
         if name not in points:
@@ -60,14 +61,18 @@ def _bridge_without_weights(model: nn.Module) -> Any:
     """Wrap a weightless twin of `model` in TransformerBridge."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    config: Any = model.config
+    config: Any = copy.deepcopy(model.config)  # booting sets eager attention in the config, which must not reach ours
     if not config.architectures:
         config.architectures = [type(model).__name__]
     with torch.device("meta"):
-        twin = type(model)._from_config(config, dtype=torch.float32)  # type: ignore[operator]
-    return TransformerBridge.boot_transformers(
-        config._name_or_path or "local", hf_model=twin, tokenizer=_stub_tokenizer(), device="meta"
-    )
+        kind: Any = type(model)
+        twin = kind._from_config(config, dtype=torch.bfloat16)
+    name = config._name_or_path or "local"
+    try:
+        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=_stub_tokenizer(), device="meta")
+    except NotImplementedError:  # fused weights (GPT-2's QKV) are split by copying, which meta tensors cannot do
+        twin = twin.to_empty(device="cpu")  # memory that is reserved, and never touched but for those weights
+        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=_stub_tokenizer(), device="cpu")
 
 
 def _stub_tokenizer() -> Any:
@@ -81,7 +86,8 @@ def _stub_tokenizer() -> Any:
 
 def tensor_of(value: Any) -> Tensor:
     """Return the hidden states out of what a module takes or gives: the tensor itself, or the first of a tuple."""
-    return value[0] if isinstance(value, tuple) else value
+    found: Tensor = value[0] if isinstance(value, tuple) else value
+    return found
 
 
 @contextmanager

@@ -6,6 +6,7 @@ memory-mapped; any Zarr v3 reader opens the group without this code. bfloat16 is
 array with the attribute dtype = "bfloat16", because zarr-python has no bfloat16 (docs/decisions/0001).
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ class _Array:
         order = np.argsort(rows, kind="stable")  # visit each chunk once, each in ascending order
         wanted = rows[order]
         chunk_of = wanted // self.rows
-        starts = np.flatnonzero(np.r_[True, chunk_of[1:] != chunk_of[:-1]]) if len(rows) else []
-        for begin, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        starts: list[int] = np.flatnonzero(np.r_[True, chunk_of[1:] != chunk_of[:-1]]).tolist() if len(rows) else []
+        for begin, end in itertools.pairwise([*starts, len(rows)]):
             index = int(chunk_of[begin])
             out[order[begin:end]] = self.chunk(index)[wanted[begin:end] - index * self.rows]
         return out
@@ -167,6 +168,7 @@ class ActivationStore:
         `attributes` should hold `special_token_ids` and `train_sequences` (rows from there on are held out).
         """
         import zarr
+        from zarr.codecs import Crc32cCodec
 
         path = Path(path)
         if tokens.shape != documents.shape or tokens.ndim != 2 or not tokens.size:
@@ -176,7 +178,7 @@ class ActivationStore:
         sequences, context = tokens.shape
         shard = min(shard_sequences, sequences)
         group = zarr.create_group(path, overwrite=True, zarr_format=3)
-        codec = zarr.codecs.Crc32cCodec()
+        codec = Crc32cCodec()
         for name in ("tokens", "documents"):
             group.create_array(name, shape=tokens.shape, chunks=(shard, context), dtype="int32", compressors=[codec])
         for hook, width in hooks.items():

@@ -25,7 +25,8 @@ class Subject:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(iter(self.model.parameters())).device
+        device: torch.device = next(iter(self.model.parameters())).device
+        return device
 
     def facts(self) -> dict[str, Any]:
         """Return what a store or an SAE must record to be read rightly later."""

@@ -36,7 +36,8 @@ def check_server(config: ExplainConfig) -> None:
         try:
             await client.with_options(max_retries=1, timeout=min(config.timeout, 20)).models.list()
         except (openai.APIConnectionError, openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise InputError(f"explain.base_url: the LLM server at {client.base_url} does not serve us: {reason(error)}") from None
+            where = f"explain.base_url: the LLM server at {client.base_url}"
+            raise InputError(f"{where} does not serve us: {reason(error)}") from None
         except openai.APIError:
             pass  # not every server lists its models; it is there, which is what was asked
         finally:

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from activation_store.config import Section
 
@@ -16,8 +16,8 @@ class ExplainConfig(Section):
     """
 
     backend: Literal["lookup", "openai"] = "lookup"
-    latents: int | tuple[int, ...] = 50
-    neurons: int | tuple[int, ...] = 0
+    latents: NonNegativeInt | tuple[NonNegativeInt, ...] = 50
+    neurons: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
     neuron_hook: str | None = None
     window: int = Field(default=32, ge=2)
     train_top: int = Field(default=10, ge=1)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -60,5 +61,5 @@ def pearson(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float(np.clip((x @ y) / math.sqrt(float(x @ x) * float(y @ y)), -1.0, 1.0))
 
 
-def _one_minus(numerator: np.floating, denominator: np.floating) -> float:  # type: ignore[type-arg]
+def _one_minus(numerator: np.floating[Any], denominator: np.floating[Any]) -> float:
     return float(1 - numerator / denominator) if denominator > 0 else math.nan

@@ -47,3 +47,12 @@ class EvaluateConfig(Section):
 
     ce_sequences: int = Field(default=64, ge=1)
     batch_size: int = Field(default=8, ge=1, description="token rows a forward pass")
+
+
+class SteerConfig(Section):
+    """The steering samples of the report: the first `features` explained latents, clamped to `times_max` x their maximum."""
+
+    features: int = Field(default=10, ge=0)
+    prompt: str = Field(default="I think that", min_length=1)
+    times_max: float = 5.0
+    tokens: int = Field(default=24, ge=1)

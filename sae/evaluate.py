@@ -123,7 +123,8 @@ def _losses(
         everywhere = torch.ones_like(plain)
 
         def spliced(x: Tensor) -> Tensor:
-            return sae(x.float().to(sae_device)).to(x)
+            reconstruction: Tensor = sae(x.float().to(sae_device))
+            return reconstruction.to(x)
 
         replacements = {"clean": None, "spliced": spliced, "ablated": torch.zeros_like}
         for kind, replace in replacements.items():

@@ -20,7 +20,8 @@ def norm_gain(norm: nn.Module, width: int) -> Tensor:
     v = torch.ones(width, dtype=torch.float32, device=None if weight is None else weight.device)
     v[1::2] = -1
     v_in = v if weight is None else v.to(weight.dtype)
-    return (norm(v_in[None])[0] - norm(-v_in[None])[0]).float() / 2 * v
+    gain: Tensor = (norm(v_in[None])[0] - norm(-v_in[None])[0]).float() / 2 * v
+    return gain
 
 
 @torch.no_grad()
@@ -36,5 +37,5 @@ def output_logits(sae: SAE, model: nn.Module, latents: list[int]) -> Tensor:
     d = sae.directions(torch.tensor(latents, device=sae.b_dec.device)).to(unembed.device).float()
     if isinstance(norm, nn.LayerNorm):
         d = d - d.mean(1, keepdim=True)
-    logits = (d * norm_gain(norm, d.shape[1])) @ unembed.float().T
+    logits: Tensor = (d * norm_gain(norm, d.shape[1])) @ unembed.float().T
     return logits - logits.mean(1, keepdim=True)

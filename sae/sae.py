@@ -26,12 +26,20 @@ class SAEConfig:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+HISTOGRAM_EDGES: list[float] = [2.0 ** (i / 2) for i in range(-20, 41)]  # 2^-10 to 2^20, two bins an octave
+
+
 @dataclass(frozen=True)
 class LatentStatistics:
-    """What each latent does on a corpus, special tokens left out: (d_sae,) tensors, and the tokens they come from."""
+    """What each latent does on a corpus, special tokens left out.
+
+    max_activation and density are (d_sae,) float32; histogram (d_sae, bins) counts activations between the powers of two
+    in `HISTOGRAM_EDGES` (values outside fall into the outer bins); `tokens` were looked at.
+    """
 
     max_activation: Tensor
     density: Tensor
+    histogram: Tensor
     tokens: int
 
 

@@ -1,44 +1,51 @@
 """What every latent does on the corpus: its maximum, its density, in one pass and (d_sae,) memory."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from activation_store.store import ActivationStore
-from sae.sae import SAE, LatentStatistics
+from sae.sae import HISTOGRAM_EDGES, SAE, LatentStatistics
 
 Progress = Callable[[int, int], None]
+_BINS = len(HISTOGRAM_EDGES) - 1
 
 
 class RunningStatistics:
-    """Maximum and firing count of each latent, batch by batch. A latent fires where it is above zero."""
+    """Maximum and activation histogram of each latent, batch by batch. A latent fires where it is above zero."""
 
     def __init__(self, d_sae: int) -> None:
         """Start with nothing seen."""
         self.maximum = torch.zeros(d_sae)
-        self.fired = torch.zeros(d_sae, dtype=torch.int64)
+        self.histogram = torch.zeros(d_sae, _BINS, dtype=torch.int64)
         self.tokens = torch.zeros((), dtype=torch.int64)
 
     def update(self, f: Tensor) -> None:
         """Add latents (token, d_sae); special tokens must not be among them."""
         if len(f):
             self.maximum = torch.maximum(self.maximum, f.amax(0).cpu())
-            self.fired += (f > 0).sum(0).cpu()
+            token, latent = torch.nonzero(f > 0, as_tuple=True)
+            values = f[token, latent]
+            bins = ((values.log2() - math.log2(HISTOGRAM_EDGES[0])) * 2).floor().clamp_(0, _BINS - 1).long()
+            counts = torch.bincount(latent * _BINS + bins, minlength=self.histogram.numel()).view_as(self.histogram)
+            self.histogram += counts.cpu()
             self.tokens += len(f)
 
     def result(self) -> LatentStatistics:
         """Return what was seen so far."""
         tokens = int(self.tokens)
-        return LatentStatistics(self.maximum, self.fired.float() / max(tokens, 1), tokens)
+        density = self.histogram.sum(1).float() / max(tokens, 1)
+        return LatentStatistics(self.maximum, density, self.histogram, tokens)
 
     def state(self) -> dict[str, Tensor]:
         """Return the state as tensors, to be saved with a checkpoint."""
-        return {"maximum": self.maximum, "fired": self.fired, "tokens": self.tokens}
+        return {"maximum": self.maximum, "histogram": self.histogram, "tokens": self.tokens}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take up a saved state."""
-        self.maximum, self.fired, self.tokens = state["maximum"], state["fired"], state["tokens"]
+        self.maximum, self.histogram, self.tokens = state["maximum"], state["histogram"], state["tokens"]
 
 
 @torch.inference_mode()

@@ -168,9 +168,9 @@ class _MetricsLog:
     """Writes each logged step when the next one comes, so that reading its figures never makes the device wait."""
 
     def __init__(self, path: Path | None, start: int) -> None:
-        self.path, self.last = path, dict[str, float]()
+        self.path, self.last = path, dict[str, float | None]()
         self._pending: tuple[int, int, dict[str, Tensor], dict[str, float]] | None = None
-        self._clock, self._tokens = time.perf_counter(), None
+        self._clock, self._tokens = time.perf_counter(), -1  # no rate before the second line
         if path is not None:  # drop what was logged after the checkpoint that we resume from
             kept = [line for line in read_json_lines(path) if line["step"] <= start]
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -178,7 +178,7 @@ class _MetricsLog:
     def add(self, step: int, tokens: int, figures: dict[str, Tensor], facts: dict[str, float]) -> None:
         self.flush()
         now = time.perf_counter()
-        rate = {} if self._tokens is None else {"tokens_per_second": (tokens - self._tokens) / (now - self._clock)}
+        rate = {"tokens_per_second": (tokens - self._tokens) / (now - self._clock)} if self._tokens >= 0 else {}
         self._clock, self._tokens = now, tokens
         copies = {name: value.to("cpu", non_blocking=True) for name, value in figures.items()}
         self._pending = (step, tokens, copies, {**facts, **rate})
@@ -193,9 +193,10 @@ class _MetricsLog:
         values = {name: float(value) for name, value in figures.items()}
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']} at step {step}; lower train.lr or check the activations")
-        self.last = values
+        # explained variance has no value on a batch that does not vary
+        self.last = {name: value if math.isfinite(value) else None for name, value in values.items()}
         if self.path is not None:
-            append_json_line(self.path, {"step": step, "tokens": tokens, **values, **facts})
+            append_json_line(self.path, {"step": step, "tokens": tokens, **self.last, **facts})
 
 
 # Checkpoints: everything that decides the rest of the run; data order is a function of the step
@@ -228,7 +229,8 @@ def _save_checkpoint(
 def _sae_of_checkpoint(path: Path, config: TrainConfig, d_in: int) -> tuple[SAE, float]:
     facts = json.loads((path / "state.json").read_text())
     ours = config.model_dump(mode="json")
-    changed = [f"{key} {facts['config'].get(key)!r} -> {ours[key]!r}" for key in ours if facts["config"].get(key) != ours[key]]
+    theirs = facts["config"]
+    changed = [f"{key} {theirs.get(key)!r} -> {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
     if changed:
         raise InputError(f"train: the checkpoint {path} has other settings ({'; '.join(changed)}); delete it to start anew")
     return _architecture(config).initialise(config, d_in, torch.zeros(d_in)), float(facts["scale"])

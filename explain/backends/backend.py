@@ -14,9 +14,14 @@ class RequestFailed(Exception):
 
 @dataclass(frozen=True)
 class Explanation:
-    """A description in words; the lookup baseline also carries its table (token id -> mean activation)."""
+    """A description in words, and what turns the simulator's answers into activations.
+
+    `scale` is the activation of one level of a simulator that answers in levels 0-10; the lookup baseline carries its
+    table instead (token id -> mean activation).
+    """
 
     text: str
+    scale: float = 1.0
     table: dict[int, float] = field(default_factory=dict)
 
 

@@ -51,7 +51,8 @@ class ChatBackend:
                 raise ValueError('expected {"description": "..."} with a non-empty string')
             return text.strip()
 
-        return Explanation(await self._ask(self._propose, shown, schema, read))
+        # one level is a tenth of the strongest training activation, so that errors are measured in activations
+        return Explanation(await self._ask(self._propose, shown, schema, read), scale=top / _LEVELS)
 
     async def simulate(self, explanation: Explanation, example: Example) -> list[float]:
         """Ask for one integer 0-10 a token of the window, in order."""
@@ -70,9 +71,10 @@ class ChatBackend:
                 raise ValueError(f'expected {{"activations": [...]}} with exactly {n} integers, got {found}')
             if not all(isinstance(v, int) and 0 <= v <= _LEVELS for v in values):
                 raise ValueError(f"expected integers from 0 to {_LEVELS}")
-            return [float(v) for v in values]
+            return [v * explanation.scale for v in values]
 
-        return await self._ask(self._simulate, user, schema, read)
+        values: list[float] = await self._ask(self._simulate, user, schema, read)
+        return values
 
     async def _ask(self, system: str, user: str, schema: dict[str, Any], read: Any) -> Any:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]

@@ -34,7 +34,7 @@ class LookupBackend:
         total = {token: sum(of_token) for token, of_token in values.items()}
         best = sorted((t for t in total if total[t] > 0), key=lambda t: (-total[t], t))[:_SHOWN_TOKENS]
         names = ", ".join(repr(strings[token]) for token in best)
-        return Explanation(f"tokens {names}" if names else "no token fires", table)
+        return Explanation(f"tokens {names}" if names else "no token fires", table=table)
 
     async def simulate(self, explanation: Explanation, example: Example) -> list[float]:
         """Look every token up."""

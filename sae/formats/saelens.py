@@ -1,5 +1,5 @@
 """SAELens v6 folders: cfg.json + sae_weights.safetensors. Also monosem's own format; what we add sits under `metadata`
-and in latents.safetensors (max_activation and density of each latent), which SAELens does not read."""
+and in latents.safetensors (maximum, density and histogram of each latent), which SAELens does not read."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from activation_store.errors import InputError, first_line
-from activation_store.files import folder_aside
+from activation_store.files import folder_aside, write_atomic
 from sae.sae import SAE, LatentStatistics, SAEConfig
 
 _CONFIG, _WEIGHTS, _LATENTS = "cfg.json", "sae_weights.safetensors", "latents.safetensors"
@@ -61,7 +61,8 @@ class SAELensFormat:
         sae.load_state_dict(weights)
         if (path / _LATENTS).exists():
             side = load_file(path / _LATENTS)
-            sae.latents = LatentStatistics(side["max_activation"], side["density"], int(side["tokens"]))
+            tokens = int(side.pop("tokens"))
+            sae.latents = LatentStatistics(**side, tokens=tokens)
         return sae
 
     def save(self, sae: SAE, path: Path) -> None:
@@ -82,9 +83,14 @@ class SAELensFormat:
             save_file(weights, aside / _WEIGHTS)
             (aside / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             if sae.latents is not None:
-                side = {
-                    "max_activation": sae.latents.max_activation.cpu().contiguous(),
-                    "density": sae.latents.density.cpu().contiguous(),
-                    "tokens": torch.tensor(sae.latents.tokens),
-                }
-                save_file(side, aside / _LATENTS)
+                (aside / _LATENTS).write_bytes(_latents_payload(sae.latents))
+
+
+def save_latents(latents: LatentStatistics, path: Path) -> None:
+    """Put the latents' statistics beside an SAE already saved at `path`."""
+    write_atomic(path / _LATENTS, _latents_payload(latents))
+
+
+def _latents_payload(latents: LatentStatistics) -> bytes:
+    tensors = {name: torch.as_tensor(value).cpu().contiguous() for name, value in vars(latents).items()}
+    return save(tensors)

@@ -1,0 +1,172 @@
+"""The command line. Exit codes: 0 done, 1 a fault of ours, 2 bad input (one line on stderr), 130 interrupted."""
+
+import os
+import shlex
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from activation_store.errors import InputError
+
+app = typer.Typer(
+    name="monosem", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Train sparse autoencoders on a language model, label their features with honest scores, and steer with them.",
+)  # fmt: skip
+Config = Annotated[Path, typer.Argument(help="the run's YAML file, such as configs/demo.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted", metavar="[KEY=VALUE]...")]
+
+
+def _do(config: Path, overrides: list[str] | None, stages: list[str]) -> None:
+    from monosem.config import load_config
+    from monosem.run import Run
+
+    loaded = load_config(config, overrides or [])  # before the heavy imports: a misspelled key costs no waiting
+    from monosem.stages import do_stages
+
+    do_stages(Run(loaded), stages)
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None) -> None:
+    """Do the whole road: harvest, train, evaluate, explain, report. Work that is done already is not done again."""
+    _do(config, overrides, ["harvest", "train", "evaluate", "explain", "report"])
+
+
+@app.command()
+def harvest(config: Config, overrides: Overrides = None) -> None:
+    """Stream activations of the model to disk."""
+    _do(config, overrides, ["harvest"])
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Train the SAE on harvested activations."""
+    _do(config, overrides, ["train"])
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None) -> None:
+    """Measure the SAE on held-out text: sparsity, reconstruction, and what it costs the model."""
+    _do(config, overrides, ["evaluate"])
+
+
+@app.command()
+def explain(config: Config, overrides: Overrides = None) -> None:
+    """Find what makes features and neurons fire, describe them, and score the descriptions."""
+    _do(config, overrides, ["explain"])
+
+
+@app.command()
+def report(config: Config, overrides: Overrides = None) -> None:
+    """Write the report: one HTML file that opens with the network off."""
+    _do(config, overrides, ["report"])
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Print tokens, disk, memory, FLOPs and estimated time of each stage; run nothing."""
+    from rich.table import Table
+
+    from monosem.config import load_config
+    from monosem.plan import free_disk, human_bytes, human_seconds, make_plan
+    from monosem.progress import console
+
+    loaded = load_config(config, overrides or [])
+    made = make_plan(loaded)
+    table = Table("stage")
+    for header in ("tokens", "disk", "memory", "FLOPs", "time, about"):
+        table.add_column(header, justify="right")
+    for stage in made.stages:
+        table.add_row(
+            stage.name, f"{stage.tokens:,}", human_bytes(stage.disk), human_bytes(stage.memory), f"{stage.flops:.2e}",
+            human_seconds(stage.seconds),
+        )  # fmt: skip
+    total = sum(stage.seconds for stage in made.stages)
+    table.add_section()
+    table.add_row("all", "", human_bytes(made.disk), human_bytes(max(s.memory for s in made.stages)),
+                  f"{sum(s.flops for s in made.stages):.2e}", human_seconds(total))  # fmt: skip
+    console.print(table)
+    widths = ", ".join(f"{hook} {width}" for hook, width in made.widths.items())
+    free = free_disk(loaded.folder)
+    console.print(f"model {loaded.model.id}: {made.parameters:,} parameters; widths: {widths}")
+    rate = f"{made.matmul_rate / 1e9:,.0f} GFLOP/s"
+    console.print(f"times at {rate}, this machine's {loaded.model.dtype} matrix product: a floor, not a promise")
+    console.print(f"disk: {human_bytes(made.disk)} needed, {human_bytes(free)} free in {loaded.runs_dir}")
+    if made.disk > free:
+        console.print("[red]`monosem run` would refuse: not enough disk[/]")
+
+
+@app.command()
+def steer(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo")],
+    prompt: Annotated[str, typer.Option(help="what to complete")],
+    feature: Annotated[int, typer.Option(help="the latent to change")],
+    clamp: Annotated[str | None, typer.Option(help="set it: to 5x (five times its corpus maximum) or to a value")] = None,
+    scale: Annotated[float | None, typer.Option(help="multiply it")] = None,
+    add: Annotated[float | None, typer.Option(help="add this much of its direction")] = None,
+    ablate: Annotated[bool, typer.Option("--ablate", help="set it to zero")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="how many tokens to write")] = 60,
+) -> None:
+    """Complete a prompt with and without one feature changed."""
+    from monosem.progress import console, progress_bar
+    from monosem.run import Run
+    from sae.formats.saelens import save_latents
+    from sae.intervene import Ablate, Add, Clamp, Edit, Scale
+    from sae.statistics import latent_statistics
+    from sae.steer import steer as steer_text
+
+    edits: list[Edit] = []
+    if clamp is not None:
+        times = clamp.lower().endswith("x")
+        try:
+            value = float(clamp.lower().removesuffix("x"))
+        except ValueError:
+            raise InputError(f"--clamp: {clamp!r} given; allowed: a multiple such as 5x, or a value such as 4.0") from None
+        edits.append(Clamp(feature, times_max=value) if times else Clamp(feature, value=value))
+    if scale is not None:
+        edits.append(Scale(feature, scale))
+    if add is not None:
+        edits.append(Add(feature, add))
+    if ablate:
+        edits.append(Ablate(feature))
+    if len(edits) != 1:
+        raise InputError(f"steer: give exactly one of --clamp, --scale, --add, --ablate ({len(edits)} given)")
+    if not prompt:
+        raise InputError("--prompt: '' given; allowed: some text")
+    opened = Run.of_folder(run_folder)
+    sae = opened.sae()
+    if not 0 <= feature < sae.cfg.d_sae:
+        raise InputError(f"--feature: {feature} given; allowed: 0 to {sae.cfg.d_sae - 1}")
+    if sae.latents is None and clamp is not None and clamp.lower().endswith("x"):
+        with progress_bar("measuring corpus maxima") as bar:
+            sae.latents = latent_statistics(sae, opened.store(), progress=bar)
+        save_latents(sae.latents, opened.folder / "sae")
+    text = steer_text(opened.subject.model, opened.subject.tokenizer, sae, edits, prompt, tokens)
+    for what, written in (("baseline", text.baseline), ("steered", text.steered)):
+        console.print(f"{what}:", style="bold")
+        console.print(prompt + written, markup=False)
+
+
+def main() -> None:
+    """Run the command line and turn errors into exit codes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        app(standalone_mode=False)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print(f"interrupted; to go on from here: {shlex.join(['monosem', *sys.argv[1:]])}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error: unknown command, missing option
+            print(f"error: {error.format_message()}", file=sys.stderr)
+            sys.exit(2)
+        raise
+

@@ -1,0 +1,194 @@
+"""One YAML a run, with dotted overrides. Whatever is wrong with it is said in one line, before anything loads."""
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from activation_store.config import DataConfig, HarvestConfig, ModelConfig, Section
+from activation_store.errors import InputError, first_line
+from explain.config import ExplainConfig
+from sae.config import EvaluateConfig, SteerConfig, TrainConfig
+
+
+class ReportConfig(Section):
+    """The report."""
+
+    title: str | None = None
+
+
+class RunConfig(Section):
+    """A whole run. `seed` fixes token order, initialisation, shuffling and example choice; train.seed may differ."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs_dir: Path = Path("runs")
+    seed: int = Field(default=0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    harvest: HarvestConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    explain: ExplainConfig = ExplainConfig()
+    steer: SteerConfig = SteerConfig()
+    report: ReportConfig = ReportConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_seed(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("train"), dict) and "seed" in value:
+            return {**value, "train": {"seed": value["seed"], **value["train"]}}
+        return value
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        hooks = self.harvest.hooks
+        for field, hook in (("train.hook", self.train.hook), ("explain.neuron_hook", self.explain.neuron_hook)):
+            if hook is not None and hook not in hooks:
+                raise ValueError(f"{field}: {hook!r} given; allowed: one of harvest.hooks, {', '.join(hooks)}")
+        window, context = self.explain.window, self.data.context
+        if context % window:
+            raise ValueError(f"explain.window: {window} given; allowed: a divisor of data.context, {context}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return self.runs_dir / self.name
+
+    @property
+    def hook(self) -> str:
+        """The hook that the SAE is trained on."""
+        return self.train.hook or self.harvest.hooks[0]
+
+    def key(self, *sections: str) -> str:
+        """Return a hash of some sections: equal keys, equal settings."""
+        values = {name: self.model_dump(mode="json")[name] for name in sections}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where the standard loader keeps the last in silence."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+    if twice:
+        raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(twice)}", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `section.key=value` overrides (values are YAML too).
+
+    Raises InputError naming file, field, what was given and what is allowed.
+    """
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a run config is a mapping of sections, {', '.join(RunConfig.model_fields)}")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{path}: {describe(error)}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise InputError(f"override {override!r}: give section.key=value, such as train.l1_coefficient=4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not YAML ({first_line(error)})") from error
+    *sections, last = dotted.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"override {override!r}: {section!r} has no keys inside")
+        values = inner
+    values[last] = value
+
+
+def describe(error: ValidationError) -> str:
+    """Return all faults of a config in one line, one clause a field.
+
+    >>> try: TrainConfig(d_sae=0)
+    ... except ValidationError as e: print(describe(e))
+    d_sae: 0 given; allowed: greater than or equal to 1
+    """
+    clauses: dict[str, list[str]] = {}
+    given: dict[str, Any] = {}
+    owner = next((model for model in (RunConfig, TrainConfig) if model.__name__ == error.title), None)
+    for fault in error.errors():
+        names, model = _field_path(owner, fault["loc"])
+        field = ".".join(names)
+        given.setdefault(field, fault.get("input"))
+        if fault["type"] == "extra_forbidden":
+            allowed = list(model.model_fields) if model is not None else []
+            close = difflib.get_close_matches(names[-1], allowed, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            clauses.setdefault(field, []).append(f"no such key, {hint}allowed: {', '.join(allowed)}")
+        elif fault["type"] == "missing" and isinstance(fault["loc"][-1], str):
+            clauses.setdefault(field, []).append("missing")
+        elif fault["type"] == "value_error":  # one of our own validators, which already says everything
+            clauses.setdefault(field, []).append(str(fault["ctx"]["error"]))
+        else:
+            allowed_values = fault["msg"].removeprefix("Input should be ")
+            clauses.setdefault(field, []).append(f"allowed: {allowed_values}")
+    lines = []
+    for field, parts in clauses.items():
+        whole = " or ".join(dict.fromkeys(parts))
+        whole = whole.replace(" or allowed: ", " or ")
+        if whole == "missing":
+            lines.append(f"{field}: missing, and it has no default")
+        elif whole.startswith(("allowed", "no such key")):
+            lines.append(f"{field}: {given[field]!r} given; {whole}")
+        else:
+            lines.append(whole)
+    return "; ".join(lines)
+
+
+def _field_path(model: type[BaseModel] | None, loc: tuple[str | int, ...]) -> tuple[list[str], type[BaseModel] | None]:
+    """Return the field names of an error's location, without pydantic's tags for union members, and the innermost model."""
+    names: list[str] = []
+    for part in loc:
+        if isinstance(part, int):
+            names.append(str(part))
+        elif model is None:
+            if names:  # inside a plain value: what follows are type tags
+                break
+            names.append(part)
+        else:
+            names.append(part)
+            inner = model.model_fields[part].annotation if part in model.model_fields else None
+            if part in model.model_fields:
+                model = _model_of(inner)
+            if model is None:
+                break
+    return names, model
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next((m for m in map(_model_of, typing.get_args(annotation)) if m is not None), None)
+    return None

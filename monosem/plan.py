@@ -1,0 +1,174 @@
+"""What a run will cost, before anything runs: tokens, disk, memory, FLOPs and an estimate of the time of each stage."""
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from activation_store.errors import InputError
+from activation_store.harvest import hook_widths
+from activation_store.hooks import capture, locate_hooks
+from activation_store.subject import empty_subject_model, pick_device
+from monosem.config import RunConfig
+
+if TYPE_CHECKING:
+    from monosem.run import Run
+
+_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: tokens it passes over, bytes it leaves on disk, peak bytes of memory, FLOPs, estimated seconds."""
+
+    name: str
+    tokens: int
+    disk: int
+    memory: int
+    flops: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages, with the widths of the hooks and the matmul rate (FLOP/s) that the times come from."""
+
+    stages: tuple[StagePlan, ...]
+    widths: dict[str, int]
+    matmul_rate: float
+    parameters: int
+
+    @property
+    def disk(self) -> int:
+        """Bytes on disk, all stages together."""
+        return sum(stage.disk for stage in self.stages)
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Work out the plan from the config and the model's architecture; no weights are loaded.
+
+    Disk is exact up to metadata; FLOPs are counted on a forward pass without weights, and 12 d_in d_sae a training token
+    (six products of 2 d_in d_sae: encoder and decoder, forward and two backward each). Times divide FLOPs by a measured
+    matrix product's rate in the stage's dtype, so they are a floor to be taken with a factor of two.
+    Raises InputError for hooks that do not exist and for a train.d_in that does not fit.
+    """
+    model = empty_subject_model(config.model)
+    sites = locate_hooks(model, config.harvest.hooks)
+    widths = hook_widths(model, sites, "meta")
+    d_in = widths[config.hook]
+    if config.train.d_in not in (None, d_in):
+        raise InputError(f"train.d_in: {config.train.d_in} given, but {config.hook} of {config.model.id} is {d_in} wide")
+    device = pick_device(config.model.device)
+    dtypes: set[str] = {config.model.dtype, config.train.compute_dtype, "float32"}
+    rates = {dtype: matmul_rate(dtype, device) for dtype in dtypes}
+    context, d_sae = config.data.context, config.train.d_sae
+    sequences = max(config.data.tokens // context, 2)
+    rows = sequences * context
+    parameters = sum(p.numel() for p in model.parameters())
+    model_bytes = parameters * _ITEM[config.model.dtype]
+
+    to_hook = _forward_flops(model, context, lambda tokens: capture(model, sites, tokens))
+    mask = torch.zeros((1, 1, context, context), device="meta")
+    whole = _forward_flops(model, context, lambda tokens: model(input_ids=tokens, attention_mask=mask, use_cache=False))
+    row_bytes = sum(widths.values()) * _ITEM[config.harvest.dtype]
+    sae_parameters = 2 * d_in * d_sae + d_sae + d_in
+    train_tokens = config.train.steps * config.train.batch_size
+    held_out = max(1, round(sequences * config.data.held_out))
+    ce_tokens = 5 * min(config.evaluate.ce_sequences, held_out) * context
+    examples = config.explain.train_top + config.explain.train_sampled
+    encode = 2.0 * d_in * d_sae
+
+    def stage(name: str, tokens: int, disk: int, memory: int, flops: float, dtype: str) -> StagePlan:
+        return StagePlan(name, tokens, disk, memory, flops, flops / rates[dtype])
+
+    batch_bytes = config.train.batch_size * (d_sae * 3 + d_in * 4) * 4
+    stages = (
+        stage("harvest", rows, rows * (row_bytes + 8), model_bytes + int(2 * config.harvest.shard_mb * 1e6 * len(widths)),
+              to_hook * rows, config.model.dtype),
+        stage("train", train_tokens, sae_parameters * 4 * (1 + 2 * 3), sae_parameters * 16 + batch_bytes + rows * 8,
+              12.0 * d_in * d_sae * train_tokens, config.train.compute_dtype),
+        stage("evaluate", held_out * context + ce_tokens, 1 << 16, model_bytes + sae_parameters * 4,
+              whole * ce_tokens + 2 * encode * held_out * context, config.model.dtype),
+        stage("explain", rows, d_sae * (68 * 8), sae_parameters * 4 + 4096 * d_sae * 8 + d_sae * examples * 2 * 16,
+              encode * rows, "float32"),
+        stage("report", config.steer.features * config.steer.tokens, 4 << 20, model_bytes + sae_parameters * 4,
+              whole * config.steer.features * config.steer.tokens, config.model.dtype),
+    )  # fmt: skip
+    return Plan(stages, widths, rates[config.model.dtype], parameters)
+
+
+def _forward_flops(model: torch.nn.Module, context: int, run: object) -> float:
+    """Return the FLOPs a token of a forward pass over one row, counted without weights."""
+    assert callable(run)
+    tokens = torch.zeros((1, context), dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(tokens)
+    return float(counter.get_total_flops()) / context
+
+
+def matmul_rate(dtype: str, device: torch.device, seconds: float = 0.3) -> float:
+    """Measure FLOP/s of a (2048, 1024) x (1024, 2048) product."""
+    a = torch.randn(2048, 1024, device=device).to(getattr(torch, dtype))
+    b = torch.randn(1024, 2048, device=device).to(getattr(torch, dtype))
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    a @ b
+    wait()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ b
+        count += 1
+        if count % 8 == 0:
+            wait()
+    wait()
+    return count * 2 * 2048 * 1024 * 2048 / (time.perf_counter() - start)
+
+
+def free_disk(folder: Path) -> int:
+    """Return the bytes free where `folder` is, or will be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def require_disk(run: "Run", plan: Plan) -> None:
+    """Raise InputError if the run's folder cannot hold what is still to be written."""
+    present = sum(file.stat().st_size for file in run.activations.rglob("*") if file.is_file()) if run.activations.exists() else 0
+    needed = max(0, plan.disk - present)
+    free = free_disk(run.folder)
+    if needed > free:
+        raise InputError(
+            f"runs_dir: {run.config.runs_dir} has {free / 1e9:.2f} GB free, but the run needs {needed / 1e9:.2f} GB; free space, "
+            "set runs_dir=..., or lower data.tokens (`monosem plan` shows each stage)"
+        )
+
+
+def human_bytes(count: float) -> str:
+    """Return bytes as text.
+
+    >>> human_bytes(1152 * 10**6)
+    '1.15 GB'
+    """
+    power = min(4, int(math.log10(count) // 3)) if count >= 1 else 0
+    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a time as text.
+
+    >>> human_seconds(75), human_seconds(7200)
+    ('1.2 min', '2.0 h')
+    """
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

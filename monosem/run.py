@@ -1,0 +1,178 @@
+"""A run is a folder; a stage turns some of it into more of it, once, and says what it did."""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from activation_store.errors import InputError
+from activation_store.files import write_atomic, write_json
+from activation_store.store import ActivationStore
+from activation_store.subject import Subject, load_subject
+from monosem.config import RunConfig, load_config
+from monosem.progress import console
+from sae.sae import SAE
+
+_PACKAGES = ("monosem", "torch", "transformers", "transformer_lens", "datasets", "zarr", "safetensors", "numpy", "openai")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: the config sections it reads, the stages whose results it reads, what it leaves, and its work."""
+
+    name: str
+    sections: tuple[str, ...]
+    after: tuple[str, ...]
+    outputs: tuple[str, ...]
+    work: Callable[["Run"], dict[str, Any]]
+
+
+class Run:
+    """A run's folder and config. Stages are skipped when done, resumed when begun, and redone when settings changed."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Take the config; touch nothing on disk."""
+        self.config = config
+        self.folder = config.folder
+
+    @classmethod
+    def of_folder(cls, folder: str | Path) -> "Run":
+        """Open an existing run by its folder."""
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            raise InputError(f"{folder}: not a run folder (no config.yaml); give one such as runs/demo")
+        config = load_config(folder / "config.yaml", [f"runs_dir={folder.resolve().parent}", f"name={folder.resolve().name}"])
+        return cls(config)
+
+    # What the folder holds
+
+    @property
+    def activations(self) -> Path:
+        """The store."""
+        return self.folder / "activations"
+
+    @property
+    def explanations(self) -> Path:
+        """Examples, descriptions and scores."""
+        return self.folder / "explanations"
+
+    @cached_property
+    def subject(self) -> Subject:
+        """The model, loaded once a process."""
+        return load_subject(self.config.model)
+
+    def store(self) -> ActivationStore:
+        """Open the harvested store."""
+        return ActivationStore.open(self.activations)
+
+    def sae(self) -> SAE:
+        """Load the trained SAE."""
+        if not (self.folder / "sae").exists():
+            raise InputError(f"{self.folder / 'sae'}: no SAE there; run `monosem train` first")
+        return SAE.load(self.folder / "sae")
+
+    # The manifest: versions, facts, and which stage is done with which settings
+
+    def manifest(self) -> dict[str, Any]:
+        """Read manifest.json; empty where there is none."""
+        path = self.folder / "manifest.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest."""
+        write_json(self.folder / "manifest.json", {**self.manifest(), **facts})
+
+    def begin(self) -> None:
+        """Write what identifies this run: the resolved config, versions and command."""
+        dump = self.config.model_dump(mode="json", exclude={"runs_dir"})
+        write_atomic(self.folder / "config.yaml", yaml.safe_dump(dump, sort_keys=False, allow_unicode=True).encode())
+        versions = {"python": platform.python_version()}
+        for package in _PACKAGES:
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError:
+                versions[package] = "not installed"
+        self.note(versions=versions, seed=self.config.seed, command=shlex.join(["monosem", *sys.argv[1:]]))
+
+    def key(self, stage: Stage, stages: dict[str, Stage]) -> str:
+        """Hash everything that decides a stage's result: its sections and those of the stages before it."""
+        sections = {"seed", *stage.sections}
+        todo = list(stage.after)
+        while todo:
+            upstream = stages[todo.pop()]
+            sections |= set(upstream.sections)
+            todo += upstream.after
+        return self.config.key(*sorted(sections))
+
+    def finished(self, stage: Stage, stages: dict[str, Stage]) -> bool:
+        """Say whether a stage is done with just these settings."""
+        state = self.manifest().get("stages", {}).get(stage.name, {})
+        return bool(state.get("state") == "done" and state.get("key") == self.key(stage, stages))
+
+    def do(self, stage: Stage, stages: dict[str, Stage]) -> None:
+        """Run one stage unless it is done; results of other settings are moved to previous/, never deleted.
+
+        A stage before it that was made here with other settings is an error; a folder that came from elsewhere is taken
+        as it is.
+        """
+        for name in stage.after:
+            before = self.manifest().get("stages", {}).get(name)
+            if before is not None and not self.finished(stages[name], stages):
+                why = "has not finished" if before["key"] == self.key(stages[name], stages) else "was made with other settings"
+                raise InputError(f"{stage.name}: {name} in {self.folder} {why}; run `monosem {name}` with this config first")
+        key = self.key(stage, stages)
+        states = self.manifest().get("stages", {})
+        state = states.get(stage.name)
+        if self.finished(stage, stages):
+            console.print(f"[green]✓[/] {stage.name:<9} done already, {state['finished']}: {_figures(state['figures'])}")
+            return
+        if state is not None and state["key"] != key:
+            self._set_aside(stage, state["key"])
+        self.begin()
+        self._mark(stage, {"state": "begun", "key": key})
+        start = time.perf_counter()
+        figures = stage.work(self)
+        seconds = time.perf_counter() - start
+        incomplete = figures.pop("incomplete", False)
+        self._mark(stage, {
+            "state": "incomplete" if incomplete else "done", "key": key, "seconds": round(seconds, 2), "figures": figures,
+            "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        })  # fmt: skip
+        sign = "[yellow]![/]" if incomplete else "[green]✓[/]"
+        console.print(f"{sign} {stage.name:<9} {seconds:,.0f} s: {_figures(figures)}")
+
+    def _mark(self, stage: Stage, state: dict[str, Any]) -> None:
+        self.note(stages={**self.manifest().get("stages", {}), stage.name: state})
+
+    def _set_aside(self, stage: Stage, key: str) -> None:
+        kept = self.folder / "previous" / f"{stage.name}-{key[:8]}"
+        moved = [output for output in stage.outputs if (self.folder / output).exists()]
+        for output in moved:
+            target = kept / output
+            number = 0
+            while target.exists():  # the same settings were set aside before
+                number += 1
+                target = kept / f"{output}.{number}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / output).rename(target)
+        if moved:
+            console.print(f"  {stage.name}: settings changed; what was there is now in {kept}")
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    """Return figures as short text."""
+    parts = []
+    for name, value in figures.items():
+        text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        parts.append(f"{name.replace('_', ' ')} {text}")
+    return ", ".join(parts)

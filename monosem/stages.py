@@ -1,0 +1,259 @@
+"""The stages of a run, in order: what each reads, leaves and reports."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from activation_store.errors import InputError
+from activation_store.files import append_json_line, read_json_lines, write_atomic, write_json
+from activation_store.harvest import harvest
+from explain.backends.chat import ChatBackend
+from explain.client import check_server
+from explain.explain import explain
+from explain.report import ReportInputs, write_report
+from monosem.plan import make_plan, require_disk
+from monosem.progress import console, progress_bar
+from monosem.run import Run, Stage
+from sae.architectures.identity import IdentitySAE
+from sae.evaluate import evaluate
+from sae.formats.saelens import save_latents
+from sae.plots import density_plot, training_plots
+from sae.readout import output_logits
+from sae.sae import HISTOGRAM_EDGES, SAE
+from sae.steer import complete, steering_sample
+from sae.train import train
+
+
+def _harvest(run: Run) -> dict[str, Any]:
+    config = run.config
+    require_disk(run, make_plan(config))
+    with progress_bar("reading text") as text, progress_bar("harvest") as bar:
+        start = time.perf_counter()
+        store = harvest(
+            run.subject, config.data, config.harvest, run.activations, seed=config.seed, text_progress=text, progress=bar
+        )
+        seconds = time.perf_counter() - start
+    run.note(model=run.subject.facts(), data=store.attrs["data"], text_counts=store.attrs["text_counts"])
+    figures: dict[str, Any] = {"tokens": store.rows, "tokens_per_second": store.rows / seconds}
+    dropped = store.attrs["text_counts"]["empty_documents"]
+    if dropped:
+        figures["empty_documents_dropped"] = dropped
+    if store.rows < config.data.tokens - config.data.context * 2:
+        figures["tokens_asked"] = config.data.tokens
+        console.print(f"[yellow]![/] the text ended after {store.rows:,} of {config.data.tokens:,} tokens")
+    return figures
+
+
+def _train(run: Run) -> dict[str, Any]:
+    config = run.config
+    store = run.store()
+    hook = config.hook
+    statistics = store.statistics(hook)
+    if config.train.d_in not in (None, store.width(hook)):
+        raise InputError(f"train.d_in: {config.train.d_in} given, but {hook} of {store.path} is {store.width(hook)} wide")
+    import torch
+
+    with progress_bar("train") as bar:
+        start = time.perf_counter()
+        sae = train(
+            store.batches(hook, config.train.batch_size, config.train.seed), config.train,
+            mean=torch.from_numpy(statistics.mean), mean_norm=statistics.mean_norm,
+            checkpoints=run.folder / "checkpoints", metrics=run.folder / "metrics.jsonl", progress=bar,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+    kept = ("model_revision", "model_dtype", "basis", "tokenizer_hash", "special_token_ids", "prepend_bos")
+    facts = {key: store.attrs[key] for key in kept}
+    sae.with_metadata(
+        hook_name=hook, model_name=store.attrs["model"], dataset_path=store.attrs["data"]["source"],
+        context_size=store.context, config_hash=run.config.key("model", "data", "harvest", "train", "seed"), **facts,
+    )  # fmt: skip
+    sae.save(run.folder / "sae")
+    metrics = read_json_lines(run.folder / "metrics.jsonl")
+    for name, png in training_plots(metrics).items():
+        write_atomic(run.folder / "plots" / f"{name}.png", png)
+    tokens = config.train.steps * config.train.batch_size
+    last = metrics[-1]
+    return {
+        "tokens": tokens, "tokens_per_second": tokens / seconds, "l0": last["l0"],
+        "explained_variance": last["explained_variance"], "dead_fraction": last["dead_fraction"],
+    }  # fmt: skip
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    store = run.store()
+    with progress_bar("evaluate") as bar:
+        start = time.perf_counter()
+        result = evaluate(run.sae(), store, run.subject.model, run.config.evaluate, progress=bar)
+        seconds = time.perf_counter() - start
+    write_json(run.folder / "evaluation.json", result)
+    write_atomic(run.folder / "plots" / "density.png", density_plot(result))
+    passes = result["tokens"] + 5 * result["ce_sequences"] * store.context
+    keys = ("l0", "mse", "explained_variance", "ce_clean", "ce_spliced", "ce_ablated", "ce_recovered", "dead_fraction")
+    return {**{key: result[key] for key in keys}, "tokens_per_second": passes / seconds}
+
+
+def _explain(run: Run) -> dict[str, Any]:
+    sae, store = run.sae(), run.store()
+    if sae.latents is None and (run.explanations / "units.jsonl").exists():
+        (run.explanations / "units.jsonl").unlink()  # killed between the two; the pass is made again
+    with progress_bar("reading evidence") as evidence, progress_bar("explain", "unit") as bar:
+        result = explain(
+            sae, store, run.subject.tokenizer, run.config.explain, run.explanations, seed=run.config.seed,
+            evidence_progress=evidence, progress=bar,
+        )  # fmt: skip
+    save_latents(result.latents, run.folder / "sae")
+    figures: dict[str, Any] = {"backend": result.summary["backend"]}
+    failed = 0
+    for name, found in result.summary["dictionaries"].items():
+        prefix = "" if name == "sae" else f"{name}_"
+        figures[f"{prefix}scored"] = found["scored"]
+        for state in ("undefined", "failed"):
+            if found[state]:
+                figures[f"{prefix}{state}"] = found[state]
+        for key in ("ev_correlation", "shuffled_correlation", "lookup_correlation"):
+            if found[key]["mean"] is not None:
+                figures[f"{prefix}{key}"] = found[key]["mean"]
+        failed += found["failed"]
+        for reason in found["failure_reasons"]:
+            console.print(f"[yellow]![/] {name}: failed: {reason}", markup=True)
+    total = sum(found["chosen"] for found in result.summary["dictionaries"].values())
+    if failed and failed == total:
+        reason = next(r for found in result.summary["dictionaries"].values() for r in found["failure_reasons"])
+        raise InputError(f"explain: all {failed} units failed, first reason: {reason}; run the same command to try again")
+    if failed:
+        figures["incomplete"] = True  # so that the same command tries the failed ones again
+    return figures
+
+
+def _steering(run: Run, sae: SAE) -> list[dict[str, Any]]:
+    """Return the report's steering samples, making those that are missing."""
+    path = run.explanations / "steering.jsonl"
+    config = run.config.steer
+    settings = config.model_dump(mode="json", exclude={"features"})
+    done = {line["unit"]: line for line in read_json_lines(path) if line["settings"] == settings}
+    scores = read_json_lines(run.explanations / "scores.jsonl")
+    wanted = [line for line in scores if line["dictionary"] == "sae" and line["max_activation"] > 0]
+    ranked = sorted(wanted, key=lambda line: -(line["ev_correlation"] or -1))[: config.features]
+    missing = [line for line in ranked if line["unit"] not in done]
+    if missing:
+        model, tokenizer = run.subject.model, run.subject.tokenizer
+        bos = bool(sae.cfg.metadata.get("prepend_bos", False))
+        with progress_bar("steering samples", "sample") as bar:
+            baseline = complete(model, tokenizer, config.prompt, config.tokens, prepend_bos=bos)
+            for number, line in enumerate(missing):
+                bar(number, len(missing))
+                text = steering_sample(model, tokenizer, sae, line["latent"], config, baseline)
+                edit = f"clamp {config.times_max:g}x max"
+                done[line["unit"]] = {"unit": line["unit"], "edit": edit, "settings": settings, **vars(text)}
+                append_json_line(path, done[line["unit"]])
+    return [done[line["unit"]] for line in ranked]
+
+
+def _report(run: Run) -> dict[str, Any]:
+    sae = run.sae()
+    scores = read_json_lines(run.explanations / "scores.jsonl")
+    if not scores:
+        raise InputError(f"{run.explanations}: no scores there; run `monosem explain` first")
+    steering = _steering(run, sae)
+    units = read_json_lines(run.explanations / "units.jsonl")
+    manifest = run.manifest()
+    path = write_report(
+        ReportInputs(
+            title=run.config.report.title or f"monosem: {run.config.name}",
+            facts=_facts(run, sae, manifest),
+            metrics=read_json_lines(run.folder / "metrics.jsonl"),
+            evaluation=_read_json(run.folder / "evaluation.json"),
+            summary=_read_json(run.explanations / "summary.json"),
+            scores=scores,
+            units=units,
+            predictions={line["unit"]: line["predicted"] for line in read_json_lines(run.explanations / "results.jsonl")},
+            histograms=_histograms(sae, scores),
+            output_tokens=_output_tokens(run, sae, scores),
+            steering=steering,
+            plots={file.stem: file.read_bytes() for file in sorted((run.folder / "plots").glob("*.png"))},
+        ),
+        run.folder / "report",
+    )
+    return {"features": len(scores), "steering_samples": len(steering), "path": str(path)}
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _facts(run: Run, sae: SAE, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the run's facts, flat."""
+    store = run.store()
+    facts: dict[str, Any] = {
+        "model": store.attrs["model"], "model revision": store.attrs["model_revision"], "model dtype": store.attrs["model_dtype"],
+        "basis": store.attrs["basis"], "hook": sae.cfg.hook_name, "text": store.attrs["data"]["source"],
+        "tokens harvested": store.rows, "context": store.context,
+        "held-out sequences": store.tokens.shape[0] - store.train_sequences,
+        "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae,
+    }  # fmt: skip
+    facts |= {f"train {key}": value for key, value in run.config.train.model_dump(mode="json").items() if value is not None}
+    facts |= {f"explain {key}": value for key, value in run.config.explain.model_dump(mode="json").items() if value is not None}
+    facts["seed"] = run.config.seed
+    facts |= {f"version {name}": value for name, value in manifest.get("versions", {}).items()}
+    for name, state in manifest.get("stages", {}).items():
+        facts[f"{name} seconds"] = state.get("seconds", "not finished")
+    return facts
+
+
+def _histograms(sae: SAE, scores: list[dict[str, Any]]) -> dict[str, tuple[list[float], list[int]]]:
+    """Return each latent's activation histogram, cut to the bins that hold anything."""
+    found = {}
+    for line in scores:
+        if line["dictionary"] != "sae" or sae.latents is None:
+            continue
+        counts = sae.latents.histogram[line["latent"]].tolist()
+        filled = [i for i, count in enumerate(counts) if count]
+        if filled:
+            first, last = filled[0], filled[-1] + 1
+            found[line["unit"]] = (HISTOGRAM_EDGES[first : last + 1], counts[first:last])
+    return found
+
+
+def _output_tokens(run: Run, sae: SAE, scores: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[str, float]]]]:
+    """Return promoted and suppressed tokens of units in the residual stream; elsewhere the readout means nothing."""
+    model, tokenizer = run.subject.model, run.subject.tokenizer
+    found: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    for dictionary in ("sae", "neurons"):
+        lines = [line for line in scores if line["dictionary"] == dictionary]
+        if not lines or ".hook_resid_" not in lines[0]["hook"]:
+            continue
+        source = sae if dictionary == "sae" else IdentitySAE.of(lines[0]["hook"], run.store().width(lines[0]["hook"]))
+        logits = output_logits(source, model, [line["latent"] for line in lines])
+        for line, row in zip(lines, logits, strict=True):
+            sides = {}
+            for side, largest in (("promoted", True), ("suppressed", False)):
+                values, ids = row.topk(10, largest=largest)
+                sides[side] = [(str(tokenizer.decode([i])), v) for v, i in zip(values.tolist(), ids.tolist(), strict=True)]
+            found[line["unit"]] = sides
+    return found
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("harvest", ("model", "data", "harvest"), (), ("activations", "activations.journal"), _harvest),
+        Stage("train", ("train",), ("harvest",), ("sae", "checkpoints", "metrics.jsonl", "plots"), _train),
+        Stage("evaluate", ("evaluate",), ("train",), ("evaluation.json",), _evaluate),
+        Stage("explain", ("explain",), ("train",), ("explanations",), _explain),
+        Stage("report", ("report", "steer"), ("evaluate", "explain"), ("report",), _report),
+    )
+}
+
+
+def do_stages(run: Run, names: list[str]) -> None:
+    """Run stages in order; everything that can be known to fail is found before the first one starts."""
+    todo = [name for name in names if not run.finished(STAGES[name], STAGES)]
+    if "harvest" in todo:
+        plan = make_plan(run.config)
+        require_disk(run, plan)
+    if len(names) > 1 and "explain" in todo and run.config.explain.backend == "openai":
+        ChatBackend(run.config.explain, run.explanations)
+        check_server(run.config.explain)
+    for name in names:
+        run.do(STAGES[name], STAGES)
