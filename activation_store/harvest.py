@@ -23,7 +23,7 @@ from activation_store.text import Progress, token_rows
 def hook_widths(model: torch.nn.Module, sites: Mapping[str, HookSite], device: torch.device | str) -> dict[str, int]:
     """Return d of each hook from a forward pass over two tokens (on "meta": without weights)."""
     seen = capture(model, dict(sites), torch.zeros((1, 2), dtype=torch.long, device=device))
-    return {name: int(x[0].numel() // 2) for name, x in seen.items()}
+    return {name: int(seen[name][0].numel() // 2) for name in sites}  # in the order asked, not the order passed
 
 
 def harvest(

@@ -173,7 +173,7 @@ def _report(run: Run) -> dict[str, Any]:
             steering=steering,
             plots={file.stem: file.read_bytes() for file in sorted((run.folder / "plots").glob("*.png"))},
         ),
-        run.folder / "report",
+        run.folder / "report" / "index.html",
     )
     return {"features": len(scores), "steering_samples": len(steering), "path": str(path)}
 

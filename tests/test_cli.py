@@ -171,7 +171,7 @@ def test_help_everywhere(words, capsys, monkeypatch):
     [
         (["run", "CONFIG", "train.l1_coeficient=4"], "train.l1_coeficient: 4 given; no such key, did you mean l1_coefficient?"),
         (["run", "CONFIG", "train.steps=many"], "train.steps: 'many' given; allowed: a valid integer"),
-        (["run", "CONFIG", "harvest.hooks=[blocks.1.hook_resid_pst]"], "nearest: blocks.1.hook_resid_post"),
+        (["run", "CONFIG", "harvest.hooks=[blocks.1.hook_resid_pst,blocks.1.mlp.hook_post]"], "nearest: blocks.1.hook_resid_post"),
         (["run", "CONFIG", "train.d_in=33"], "train.d_in: 33 given"),
         (["run", "CONFIG", "model.id=/nowhere/at/all"], "model.id: cannot"),
         (["run", "CONFIG", "data.column=body"], "data.column: 'body' is not in"),
@@ -294,7 +294,10 @@ def test_killed_in_every_stage_it_ends_in_the_same_bytes(tiny_config, finished, 
 
 def test_interrupted_says_how_to_go_on(tiny_config, tmp_path):
     run = tmp_path / "tiny"
-    process = subprocess.Popen(command("run", tiny_config, f"runs_dir={tmp_path}"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("run", tiny_config, f"runs_dir={tmp_path}"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )  # fmt: skip
     while process.poll() is None and not any((run / "checkpoints").glob("step-*")):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)

@@ -93,7 +93,7 @@ def assert_same_store(found: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tiny_model_dir: Path, tiny_store: ActivationStore) -> dict[str, Tensor]:
-    """The same activations from a transformers model and forward hooks of our own, one sequence at a time."""
+    """The same activations from a transformers model and forward hooks of our own, 75 sequences at a time."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
@@ -102,10 +102,10 @@ def plain(tiny_model_dir: Path, tiny_store: ActivationStore) -> dict[str, Tensor
     mlp.register_forward_pre_hook(lambda _module, args: given.append(args[0]))
     resid, post = [], []
     with torch.no_grad():
-        for sequence in torch.from_numpy(tiny_store.tokens).long():
-            out = model(input_ids=sequence[None], output_hidden_states=True)
-            resid.append(out.hidden_states[2][0])  # [0] is the embedding, [2] what block 1 leaves
-            x = given.pop()[0]
+        for tokens in torch.from_numpy(tiny_store.tokens).long().split(75):
+            out = model(input_ids=tokens, output_hidden_states=True)
+            resid.append(out.hidden_states[2].flatten(0, 1))  # [0] is the embedding, [2] what block 1 leaves
+            x = given.pop().flatten(0, 1)
             gate = mlp.gate_proj(x)
             post.append(gate * torch.sigmoid(gate) * mlp.up_proj(x))
     return {RESID: torch.cat(resid), MLP: torch.cat(post)}
