@@ -157,7 +157,8 @@ def main() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # typer turns an interrupt into this return value
+            raise KeyboardInterrupt
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

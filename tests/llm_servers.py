@@ -109,6 +109,33 @@ def toy_store(folder: Path) -> ActivationStore:
     return make_store(folder, tokens, {HOOK: x, OTHER_HOOK: noise.astype(np.float32)}, TRAIN_SEQUENCES, special=[0])
 
 
+SENTENCES = (
+    "The boat went down the river at dawn", "She baked fresh bread for the whole family",
+    "We swam in the cold river last summer", "He cut the bread into thick white slices",
+    "A bridge crosses the river near the mill", "The smell of bread filled the small kitchen",
+    "Fish live in the river all year round", "They ate bread with butter and sweet jam",
+    "Our house stands where the river bends south", "Good bread needs flour and salt and time",
+    "The rain made the river rise very fast", "My aunt sells bread at the village market",
+    "Few people dare cross the river in winter", "Warm bread is the best thing after work",
+)  # fmt: skip
+
+
+class Spoken:
+    """A tokenizer of whole words for SENTENCES."""
+
+    words = tuple(sorted({f" {word}" for sentence in SENTENCES for word in sentence.split()}))
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.words[i] for i in ids)
+
+
+def spoken_store(folder: Path) -> ActivationStore:
+    """SENTENCES, one a row of 8 words, the last 6 held out; column 0 fires on "river", column 1 on "bread"."""
+    tokens = np.array([[Spoken.words.index(f" {word}") for word in s.split()] for s in SENTENCES], np.int32)
+    x = np.stack([tokens.reshape(-1) == Spoken.words.index(f" {word}") for word in ("river", "bread")], 1)
+    return make_store(folder, tokens, {HOOK: 2 * x.astype(np.float32)}, len(SENTENCES) - 6)
+
+
 # --- the scripted server
 
 
@@ -250,9 +277,14 @@ class ChatServer:
                     return  # the client has given up waiting
                 self.close_connection = self.close_connection or reply.cut
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """Say nothing of clients that hang up; faults of a script are seen by the client as a cut connection."""
+
+        self._server = Server(("127.0.0.1", 0), Handler)
         self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self) -> "ChatServer":
@@ -271,6 +303,7 @@ import sys, threading, xllamacpp
 p = xllamacpp.CommonParams()
 p.model.path, p.port, p.hostnames, p.model_alias = sys.argv[1], int(sys.argv[2]), ["127.0.0.1"], {"labeller"}
 p.n_ctx, p.n_parallel = 8192, 2
+p.n_predict, p.sampling.penalty_repeat, p.sampling.penalty_last_n = 200, 1.1, 256  # else SmolLM2 repeats itself without end
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1  # with more, llama.cpp's threads spin: on busy cores 200 times slower
 server = xllamacpp.Server(p)
 sys.stdin.read()  # until the parent closes the pipe, or dies

@@ -185,7 +185,7 @@ def test_every_firing_window_is_drawn_equally_often(tmp_path: Path) -> None:
     x = np.stack([strength, np.where(np.repeat(np.arange(32), 4) % 2, 100 - strength, 0)], 1).astype(np.float32)
     tokens = np.ones((8, CONTEXT), np.int32)
     small = make_store(tmp_path / "store", tokens, {HOOK: x}, 8)
-    seeds, k = 600, 8
+    seeds, k = 400, 8
     counts = torch.zeros(2, 32)
     together = 0
     for seed in range(seeds):
@@ -203,8 +203,8 @@ def test_every_firing_window_is_drawn_equally_often(tmp_path: Path) -> None:
         chi_square = float(((drawn - expected) ** 2 / expected).sum()) * (windows - 1) / (windows - k)
         assert chi_square < bound
         assert chi_square > 1  # nor evener than chance, as a fixed rota would be
-    # Two given windows of the 16 come together with probability (8 * 7)/(16 * 15) = 0.233: 140 of 600, deviation 10.4
-    assert abs(together - 140) < 52
+    # Two given windows of the 16 come together with probability (8 * 7)/(16 * 15) = 0.233: 93.3 of 400, deviation 8.5
+    assert abs(together - 93.3) < 42
 
 
 def test_latents_draw_different_samples(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def interrupt_at(call: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize(
-    ("split", "kills"), [("train", (2,)), ("train", (3,)), ("train", (2, 2)), ("train", (1, 2)), ("held_out", (2,))]
+    ("split", "kills"), [("train", (3,)), ("train", (2, 2)), ("train", (1, 2)), ("held_out", (2,))]
 )
 def test_an_interrupted_pass_goes_on_to_the_same_result(
     sae: SAE, store: ActivationStore, split: str, kills: tuple[int, ...], tmp_path: Path

@@ -577,7 +577,6 @@ def test_two_runs_of_one_seed_are_equal_to_the_byte(
     ("settings", "message"),
     [
         ({"latents": (0, 8)}, r"sae \[8\] are outside 0\.\.7"),
-        ({"latents": (-1,)}, r"sae \[-1\] are outside 0\.\.7"),
         ({"neurons": (9,)}, r"neurons \[9\] are outside 0\.\.7"),
         ({"neurons": 1, "neuron_hook": "blocks.9.hook_resid_post"}, r"blocks\.9\.hook_resid_post"),
         ({"window": 5}, r"explain\.window: 5 does not divide"),
@@ -592,7 +591,11 @@ def test_bad_input_is_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize(
-    "settings", [{"latents": -1}, {"neurons": -2}, {"window": 1}, {"concurrency": 0}, {"retries": -1}, {"windows": 8}]
+    "settings",
+    [
+        {"latents": -1}, {"latents": (0, -1)}, {"neurons": -2}, {"window": 1}, {"train_top": 0}, {"test_random": -1},
+        {"concurrency": 0}, {"retries": -1}, {"timeout": 0}, {"checkpoint_seconds": 0}, {"backend": "oracle"}, {"windows": 8},
+    ],
 )
 def test_impossible_settings_are_refused_as_input(
     sae: SAE, store: ActivationStore, settings: dict[str, Any], tmp_path: Path
