@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PACKAGES := activation_store sae explain monosem
 
-.PHONY: setup demo test lint soak bench clean
+.PHONY: setup demo test lint soak bench bench-gpu clean
 
 setup: $(STAMP)
 
@@ -29,7 +29,10 @@ soak: setup
 	$(BIN)/python -m pytest -m soak
 
 bench: setup
+	$(BIN)/python scripts/fetch_demo.py
 	$(BIN)/python benchmarks/harvest.py
+
+bench-gpu: bench
 
 clean:
 	rm -rf .venv demo runs build *.egg-info

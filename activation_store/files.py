@@ -32,7 +32,8 @@ def full_disk_is_input(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(path.parent).free
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(there).free
         raise InputError(
             f"disk full while writing {path} ({free / 1e6:.0f} MB free): free space there, or point runs_dir elsewhere, "
             "then run the same command again; finished work is kept"
@@ -65,6 +66,7 @@ def write_json(path: Path, value: Any) -> None:
 def folder_aside(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it replaces `path`, on failure it is removed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = aside.with_suffix(".old")
     shutil.rmtree(aside, ignore_errors=True)
     with full_disk_is_input(path):
         aside.mkdir(parents=True)
@@ -74,11 +76,17 @@ def folder_aside(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     with open(file, "rb") as handle:
                         os.fsync(handle.fileno())
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(aside, path)
+            if path.exists():  # moved away whole, and deleted only once the new one has its place
+                os.replace(path, old)
+            try:
+                os.replace(aside, path)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, path)
+                raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         sync_folder(path.parent)
 
 
@@ -86,7 +94,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a journal of one JSON object a line; a last line cut off by a crash is left out, any other fault raises."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")  # bytes: the cut may go through a character
     return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline was never committed
 
 

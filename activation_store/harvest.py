@@ -1,5 +1,6 @@
 """Harvest: token rows -> activations on disk, shard by shard, through a forward pass that stops at the last hook."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from activation_store.config import DataConfig, HarvestConfig
+from activation_store.errors import InputError
 from activation_store.files import write_atomic
 from activation_store.hooks import HookSite, capture, locate_hooks
 from activation_store.store import ActivationStore, HookStatistics
@@ -22,8 +24,11 @@ from activation_store.text import Progress, token_rows
 
 def hook_widths(model: torch.nn.Module, sites: Mapping[str, HookSite], device: torch.device | str) -> dict[str, int]:
     """Return d of each hook from a forward pass over two tokens (on "meta": without weights)."""
-    seen = capture(model, dict(sites), torch.zeros((1, 2), dtype=torch.long, device=device))
-    return {name: int(seen[name][0].numel() // 2) for name in sites}  # in the order asked, not the order passed
+    seen = capture(model, dict(sites), torch.zeros((2, 3), dtype=torch.long, device=device))
+    for name in sites:
+        if seen[name].shape[:2] != (2, 3):
+            raise InputError(f"hook {name!r} has shape {tuple(seen[name].shape)} for 2 sequences of 3 tokens: no row a token")
+    return {name: int(seen[name].numel() // 6) for name in sites}  # in the order asked, not the order passed
 
 
 def harvest(
@@ -45,8 +50,19 @@ def harvest(
     path = Path(path)
     sites = locate_hooks(subject.model, config.hooks)
     journal = path.with_name(path.name + ".journal")  # statistics a shard; beside the group, which stays pure Zarr
-    if (path / "zarr.json").exists() and (journal / "begun").exists():
+    settings = json.loads(json.dumps([data.model_dump(), config.model_dump(), subject.facts(), seed]))
+    begun = journal / "begun"
+    store: ActivationStore | None = None
+    with contextlib.suppress(InputError):  # nothing there, or a layout that was never finished
         store = ActivationStore(path)
+    if store is not None and store.attrs["complete"] and store.attrs.get("settings") == settings:
+        shutil.rmtree(journal, ignore_errors=True)  # killed while it was removed
+        return store
+    if store is not None and begun.exists() and not store.attrs["complete"]:
+        if store.attrs.get("settings") != settings:
+            raise InputError(f"{path}: begun with other settings; finish it with those, or name another folder")
+        for aside in path.rglob(".*.tmp"):  # what a kill left half written
+            aside.unlink()
     else:
         shutil.rmtree(journal, ignore_errors=True)
         rows = token_rows(data, subject.tokenizer, seed, text_progress)
@@ -60,12 +76,13 @@ def harvest(
             "train_sequences": rows.train_sequences,
             "prepend_bos": data.prepend_bos,
             "seed": seed,
+            "settings": settings,
         }
         store = ActivationStore.create(
             path, rows.tokens, rows.documents, widths, dtype=config.dtype,
             shard_sequences=max(sequences, config.batch_size), attributes=attributes,
         )  # fmt: skip
-        write_atomic(journal / "begun", b"")
+        write_atomic(begun, b"")
     special = store.special
     done = [shard for shard in range(store.shards) if (journal / f"shard-{shard:06d}.json").exists()]
     context = store.context
@@ -109,6 +126,10 @@ def _commit(
     store.write_shard(shard, activations)
     rows = torch.from_numpy(kept)
     sums = {hook: _sums(x[rows]) for hook, x in activations.items()}
+    for hook, values in sums.items():
+        if not np.isfinite(values["norm"]):
+            dtype = store.dtype(hook)
+            raise InputError(f"harvest.dtype: {dtype} holds infinite or NaN values of {hook}; try bfloat16 or float32")
     write_atomic(journal / f"shard-{shard:06d}.json", json.dumps(sums).encode())
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activation_store.errors import InputError
+from activation_store.errors import InputError, first_line
 from activation_store.files import sync_folder, write_atomic, write_json
 
 SCHEMA = 1
@@ -54,9 +54,12 @@ class _Array:
 
     @classmethod
     def open(cls, folder: Path) -> "_Array":
-        meta = json.loads((folder / "zarr.json").read_text())
-        codecs = [codec["name"] for codec in meta["codecs"]]
-        chunk = meta["chunk_grid"]["configuration"]["chunk_shape"]
+        meta = _read_metadata(folder / "zarr.json")
+        try:
+            codecs = [codec["name"] for codec in meta["codecs"]]
+            chunk = meta["chunk_grid"]["configuration"]["chunk_shape"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder}: not an array of a store ({first_line(error)}); harvest again") from error
         if codecs != ["bytes", "crc32c"] or chunk[1] != meta["shape"][1]:
             raise InputError(
                 f"{folder}: chunks {chunk} with codecs {codecs} are not this store's layout (whole rows, bytes + crc32c); "
@@ -120,6 +123,16 @@ class _Array:
         return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.disk_dtype)
 
 
+def _read_metadata(file: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as Zarr metadata ({first_line(error)}); harvest again") from error
+    if not isinstance(meta, dict):
+        raise InputError(f"{file}: holds no Zarr metadata; harvest again")
+    return meta
+
+
 class ActivationStore:
     """Tokens and, row by row aligned with them, the activations of one or several hooks.
 
@@ -133,7 +146,7 @@ class ActivationStore:
         if not meta_file.exists():
             raise InputError(f"{path}: no activation store there (no zarr.json); run `monosem harvest` first")
         self.path = path
-        self.attrs: dict[str, Any] = json.loads(meta_file.read_text())["attributes"]
+        self.attrs: dict[str, Any] = _read_metadata(meta_file).get("attributes", {})
         if self.attrs.get("schema") != SCHEMA:
             raise InputError(f"{path}: store schema {self.attrs.get('schema')!r}, this version reads {SCHEMA}")
         self.hooks: list[str] = list(self.attrs["hooks"])
@@ -175,6 +188,8 @@ class ActivationStore:
             raise InputError(f"tokens {tokens.shape} and documents {documents.shape} must be equal (sequence, context)")
         if dtype not in _DISK_DTYPE:
             raise InputError(f"harvest.dtype: {dtype!r} given; allowed: {', '.join(_DISK_DTYPE)}")
+        if path.exists() and not (path / "zarr.json").exists() and any(path.iterdir()):
+            raise InputError(f"{path}: not empty and no store; a new store would delete what is there: name another folder")
         sequences, context = tokens.shape
         shard = min(shard_sequences, sequences)
         group = zarr.create_group(path, overwrite=True, zarr_format=3)
@@ -255,7 +270,10 @@ class ActivationStore:
             start, stop, step = rows.indices(array.shape[0])
             raw = array.slice(start, stop) if step == 1 else array.gather(np.arange(start, stop, step))
         else:
-            index = np.asarray(rows, dtype=np.int64)
+            index = np.asarray(rows)
+            if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
+                raise InputError(f"rows: {index.dtype} of shape {index.shape} given; give a slice or a list of row numbers")
+            index = index.astype(np.int64)
             if len(index) and (index.min() < -array.shape[0] or index.max() >= array.shape[0]):
                 raise InputError(f"rows {index.min()}..{index.max()} are outside this store's {array.shape[0]} rows")
             raw = array.gather(np.where(index < 0, index + array.shape[0], index))
@@ -279,6 +297,10 @@ class ActivationStore:
         """
         if split not in ("train", "held_out"):
             raise InputError(f"split: {split!r} given; allowed: train, held_out")
+        limits = (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0), ("epochs", epochs or 0, 0))
+        for name, value, least in limits:
+            if value < least:
+                raise InputError(f"{name}: {value} given; must be at least {least}")
         border = self.train_sequences * self.context
         kept = np.flatnonzero(~self.special.reshape(-1))
         kept = kept[kept < border] if split == "train" else kept[kept >= border]
@@ -305,6 +327,10 @@ class ActivationStore:
             array = self._array(hook)
             if values.dtype != _TORCH_DTYPE[array.dtype]:
                 raise TypeError(f"{hook}: {values.dtype} given to a {array.dtype} array")
+            span = self.shard_sequences(shard)
+            expected = ((span.stop - span.start) * self.context, array.shape[1])
+            if tuple(values.shape) != expected:
+                raise ValueError(f"{hook}: {tuple(values.shape)} given for shard {shard}, which is {expected}")
             raw = values.contiguous().view(torch.uint16) if array.dtype == "bfloat16" else values.contiguous()
             array.write(shard, raw.numpy())
 

@@ -102,9 +102,12 @@ def load_subject(config: ModelConfig) -> Subject:
     try:
         source = model_folder(config)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=config.revision, dtype=dtype, attn_implementation="sdpa"
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, revision=config.revision, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
+        if loading["missing_keys"]:
+            names = ", ".join(sorted(loading["missing_keys"])[:3])
+            raise InputError(f"model.id: {config.id!r} lacks weights: {names}")
     except InputError:
         raise
     except Exception as error:  # transformers, safetensors and the hub raise many kinds; all mean: cannot load this model

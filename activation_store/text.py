@@ -39,12 +39,16 @@ def read_documents(config: DataConfig, seed: int) -> tuple[Iterator[list[Any]], 
     """
     import datasets
 
-    files = sorted(glob.glob(config.source, recursive=True))
+    literal = Path(config.source).is_file()
+    files = [config.source] if literal else sorted(f for f in glob.glob(config.source, recursive=True) if Path(f).is_file())
     suffix = Path(config.source).suffix
     try:
+        if files and not any(Path(file).stat().st_size for file in files):
+            raise InputError(f"data.source: {config.source} is empty")
         if files and suffix in _BUILDERS:
             options: dict[str, Any] = {"sample_by": config.txt_unit} if suffix == ".txt" else {}
-            data = datasets.load_dataset(_BUILDERS[suffix], data_files=files, split="train", streaming=True, **options)
+            paths = [glob.escape(file) for file in files]  # datasets would take [ and ] for a pattern again
+            data = datasets.load_dataset(_BUILDERS[suffix], data_files=paths, split="train", streaming=True, **options)
         elif suffix in _BUILDERS:
             raise InputError(f"data.source: no file matches {config.source!r}")
         else:
@@ -64,7 +68,15 @@ def read_documents(config: DataConfig, seed: int) -> tuple[Iterator[list[Any]], 
     facts["revision"] = config.revision
     if files:
         facts["sha256"] = {Path(file).name: _sha256(Path(file)) for file in files}
-    return (batch[config.column] for batch in data.iter(batch_size=_DOCUMENTS_A_CALL)), facts
+    return _batches(config, data), facts
+
+
+def _batches(config: DataConfig, data: Any) -> Iterator[list[Any]]:
+    try:
+        for batch in data.iter(batch_size=_DOCUMENTS_A_CALL):
+            yield batch[config.column]
+    except Exception as error:  # a later file or block that is broken or has other columns; datasets raises many kinds
+        raise InputError(f"data.source: {config.source} cannot be read to its end ({first_line(error)})") from error
 
 
 def _sha256(path: Path) -> str:
@@ -127,7 +139,7 @@ def token_rows(config: DataConfig, tokenizer: Any, seed: int, progress: Progress
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     bos = tokenizer.bos_token_id if config.prepend_bos else None
     wanted = max(config.tokens // config.context, 2)
-    held_rows = max(1, round(wanted * config.held_out))
+    held_rows = min(max(1, round(wanted * config.held_out)), wanted - 1)
     train = _Packer(config.context, bos, wanted - held_rows)
     held = _Packer(config.context, bos, held_rows)
     counts = {"documents": 0, "empty_documents": 0, "unused_documents": 0, "tokens_left_over": 0}

@@ -54,5 +54,5 @@ class SteerConfig(Section):
 
     features: int = Field(default=10, ge=0)
     prompt: str = Field(default="I think that", min_length=1)
-    times_max: float = 5.0
+    times_max: float = 1.0
     tokens: int = Field(default=24, ge=1)

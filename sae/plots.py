@@ -33,7 +33,8 @@ def training_plots(metrics: list[dict[str, Any]]) -> dict[str, bytes]:
     for name, keys in panels.items():
         figure, axes = _figure()
         for key in keys:
-            axes.plot([line["tokens"] for line in metrics], [math.nan if line[key] is None else line[key] for line in metrics], label=key.replace("_", " "))
+            values = [math.nan if line[key] is None else line[key] for line in metrics]
+            axes.plot([line["tokens"] for line in metrics], values, label=key.replace("_", " "))
         axes.set_xlabel("tokens")
         axes.set_ylabel(name.replace("_", " "))
         if name in ("loss", "l0"):

@@ -30,7 +30,7 @@ Everything lies in runs/demo:
   activations/                the activation store (Zarr)
   explanations/scores.jsonl   one line a feature; evaluation.json and metrics.jsonl hold the SAE's figures
 Steer with one of its features ({best["description"]}):
-  {Path(sys.executable).with_name("monosem")} steer runs/demo --feature {best["latent"]} --clamp 5x --prompt "I think that" """)
+  {Path(sys.executable).with_name("monosem")} steer runs/demo --feature {best["latent"]} --clamp 0.5x --prompt "I think that" """)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from llm_servers import ChatServer, Reply, Request, completion
-from monosem.cli import main
 from test_cli import RESID, finished, tiny_config  # noqa: F401 - fixtures
+
+from monosem.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_intervene import HOOK, sae_for
 from transformers import AutoModelForCausalLM
 
 from activation_store.errors import InputError
@@ -12,8 +13,6 @@ from sae.architectures.identity import IdentitySAE
 from sae.evaluate import evaluate, next_token_loss
 from sae.readout import norm_gain, output_logits
 from sae.statistics import latent_statistics
-
-from test_intervene import HOOK, sae_for
 
 
 @pytest.fixture(scope="module")

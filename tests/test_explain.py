@@ -173,7 +173,18 @@ def test_the_choice_of_examples_is_a_function_of_the_seed(store: ActivationStore
 
     assert windows(once, "top") == windows(other, "top")
     assert windows(once, "sampled") != windows(other, "sampled")
+    bare = with_settings(TOY, test_sampled=0)  # so that the random ones differ for no other reason
+    once, other = (units_in(neurons, store, [0], bare, OTHER_HOOK, seed) for seed in (1, 2))
     assert windows(once, "random") != windows(other, "random")
+
+
+def test_the_stage_passes_its_seed_on(sae: SAE, store: ActivationStore, done: Path, tmp_path: Path) -> None:
+    stage.explain(sae, store, Words(), with_settings(TOY, neurons=5, neuron_hook=OTHER_HOOK), tmp_path, seed=12)
+    for latent in LATENTS["on one word"]:
+        units = (units_of(folder)[f"sae/{latent}"] for folder in (tmp_path, done))
+        here, there = ({e["window"] for e in unit["train"] if e["kind"] == "sampled"} for unit in units)
+        assert len(here) == len(there) == 4
+        assert here != there
 
 
 def test_training_and_test_share_no_text_though_the_corpus_repeats_itself(tmp_path: Path) -> None:
@@ -217,10 +228,11 @@ def test_duplicates_are_replaced_by_the_next_best(tmp_path: Path) -> None:
     assert len(np.unique(tokens, axis=0)) == 7
     x = np.repeat([9.0, 8, 7, 6, 5, 4, 3, 2], 8).astype(np.float32)[:, None]
     small = make_store(tmp_path / "store", tokens, {HOOK: x}, 6)
-    config = with_settings(TOY, train_top=3, train_sampled=0, test_top=2, test_sampled=0, test_random=0)
-    unit = units_in(IdentitySAE.of(HOOK, 1), small, [0], config)[0]
-    assert [e.window for e in unit.train] == [0, 2, 3]
-    assert [e.window for e in unit.test] == [6, 7]
+    config = with_settings(TOY, latents=(0,), train_top=3, train_sampled=0, test_top=2, test_sampled=0, test_random=0)
+    stage.explain(relu_dictionary(1, HOOK), small, Words(), config, tmp_path / "explanations")
+    unit = units_of(tmp_path / "explanations")["sae/0"]
+    assert [e["window"] for e in unit["train"]] == [0, 2, 3]
+    assert [e["window"] for e in unit["test"]] == [6, 7]
 
 
 def example(window: int, *tokens: str, kind: str = "top") -> Example:
@@ -342,9 +354,12 @@ def test_predictions_that_do_not_vary_are_told_from_units_that_do_not(tmp_path: 
     flat = tokens.reshape(-1)
     x = np.isin(flat, (1, 2)).astype(np.float32)[:, None]
     turned = make_store(tmp_path / "store", tokens, {HOOK: x}, 10)
-    stage.explain(relu_dictionary(1, HOOK), turned, Words(), with_settings(TOY, latents=(0,)), tmp_path / "explanations")
-    line = scores_of(tmp_path / "explanations")["sae/0"]
+    folder = tmp_path / "explanations"
+    summary = stage.explain(relu_dictionary(1, HOOK), turned, Words(), with_settings(TOY, latents=(0,)), folder).summary
+    line = scores_of(folder)["sae/0"]
     assert (line["state"], line["reason"]) == ("undefined", "correlation undefined: the predictions do not vary")
+    assert line["rsquared"] == 0  # 1 - mean(t^2) / mean(t^2): this one exists, yet the unit is in no mean
+    assert summary["dictionaries"]["sae"]["rsquared"] == {"mean": None, "standard_error": None, "units": 0}
 
 
 def test_the_summary_adds_up(done: Path) -> None:
@@ -632,14 +647,14 @@ def test_each_module_can_be_imported_first() -> None:
     program = (
         "import importlib, sys\n"
         "failed = []\n"
-        f"for name in {[m for m in MODULES if m != 'explain.report']!r}:\n"
+        f"for name in {MODULES!r}:\n"
         "    for loaded in [m for m in sys.modules if m == 'explain' or m.startswith('explain.')]:\n"
         "        del sys.modules[loaded]\n"
         "    try:\n"
         "        importlib.import_module(name)\n"
         "    except ImportError as error:\n"
         "        failed.append(f'{name}: {error}')\n"
-        "sys.exit('; '.join(failed))\n"
+        "sys.exit('; '.join(failed) or 0)\n"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr

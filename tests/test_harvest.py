@@ -1,6 +1,7 @@
 """Harvest: what stands in the store is what a plain forward pass gives, and a kill at any moment changes no byte of it."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -231,6 +232,14 @@ def test_text_that_cannot_be_read_is_refused_before_the_model_runs(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("hook", ["rotary_emb.hook_out", "hook_pos_embed"])
+def test_a_hook_without_a_row_a_token_is_refused(again: Callable[..., ActivationStore], hook: str, tmp_path: Path) -> None:
+    """The rotary table is one for all sequences, so row i of it is not token i of the text."""
+    with pytest.raises(InputError, match=hook):
+        again(hooks=(hook, RESID))
+    assert os.listdir(tmp_path) == []
+
+
 def test_widths_come_from_a_model_without_weights(tiny_model_dir: Path) -> None:
     model = empty_subject_model(ModelConfig(id=str(tiny_model_dir)))
     names = ("blocks.0.hook_resid_post", "blocks.2.mlp.hook_post", "blocks.1.attn.hook_z", "blocks.1.attn.hook_k")
@@ -337,27 +346,57 @@ def test_a_kill_between_the_last_shard_and_the_end_costs_no_forward_pass(
     assert captures == []
 
 
-@pytest.mark.parametrize("gone", [[], ["begun"], ["shard-000003.json"], ["begun", "shard-000000.json"]], ids=str)
 def test_a_kill_while_the_journal_is_removed_costs_no_forward_pass(
     again: Callable[..., ActivationStore],
     captures: list[int],
     monkeypatch: pytest.MonkeyPatch,
     undisturbed: ActivationStore,
-    gone: list[str],
+    tmp_path: Path,
 ) -> None:
-    real = shutil.rmtree
-
-    def rmtree(path: Path, *args: Any, **kwargs: Any) -> None:
-        if not (Path(path) / "begun").exists():
-            return real(path, *args, **kwargs)
-        for name in gone:  # a folder's files go one by one, in no order that one could rely on
-            (Path(path) / name).unlink()
-        raise Killed
-
+    """Die at the first deletion after the store is complete, at the second, ... until there are no more."""
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", rmtree)
+        patch.setattr(ActivationStore, "finish", kill)
         with pytest.raises(Killed):
-            again()
+            again(tmp_path / "done" / "activations")
+    real_finish, passes = ActivationStore.finish, {}
+    for count in itertools.count(1):
+        path = Path(shutil.copytree(tmp_path / "done", tmp_path / str(count))) / "activations"
+        left: list[int] = []
+
+        def finish(*args: Any, left: list[int] = left, count: int = count) -> None:
+            real_finish(*args)
+            left.append(count)
+
+        def dying(real: Callable[..., None], left: list[int] = left) -> Callable[..., None]:
+            def delete(*args: Any, **kwargs: Any) -> None:
+                if left:
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise Killed
+                real(*args, **kwargs)
+
+            return delete
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ActivationStore, "finish", finish)
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                again(path)
+                break
+            except Killed:
+                pass
+        captures.clear()
+        assert_same_store(again(path).path, undisturbed.path)
+        passes[count] = len(captures)
+    assert len(passes) > 1
+    assert passes == dict.fromkeys(passes, 0)
+
+
+def test_a_finished_store_is_not_harvested_again(
+    again: Callable[..., ActivationStore], captures: list[int], undisturbed: ActivationStore
+) -> None:
+    again()
     captures.clear()
     assert_same_store(again().path, undisturbed.path)
     assert captures == []

@@ -137,10 +137,8 @@ def test_a_batch_of_mixed_strengths_equals_single_runs(steered):
         with intervene(model, sae, [Clamp(4, times_max=strength), Add(2, strength)]):
             alone = model(ids[row : row + 1]).logits
         torch.testing.assert_close(together[row : row + 1], alone, atol=2e-3, rtol=1e-4)
-    with (
-        pytest.raises(InputError, match="2 strengths given for a batch of 3 rows"),
-        intervene(model, sae, [Add(2, [1.0, 2.0])]),
-    ):
+    two = intervene(model, sae, [Add(2, [1.0, 2.0])])
+    with two, pytest.raises(InputError, match="2 strengths given for a batch of 3 rows"):
         model(ids)
 
 
@@ -166,9 +164,14 @@ def test_hooks_leave_nothing_behind_and_spare_the_users(tiny):
     base = model(ids).logits
     seen = []
     handle = model.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
-    with pytest.raises(ZeroDivisionError), intervene(model, sae, [Add(1, 50.0)]):
-        model(ids)
-        raise ZeroDivisionError
+
+    def fails_inside():
+        with intervene(model, sae, [Add(1, 50.0)]):
+            model(ids)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails_inside()
     assert torch.equal(model(ids).logits, base)
     assert len(seen) == 2
     handle.remove()
@@ -228,9 +231,9 @@ def test_what_cannot_be_done_is_refused(tiny):
     for edits, message in cases:
         with pytest.raises(InputError, match=message), intervene(model, sae, edits):
             pass
-    with pytest.raises(InputError, match="nearest: blocks.1.hook_resid_post"):
-        with intervene(model, sae, [Ablate(1)], hook="blocks.1.hook_resid_pst"):
-            pass
+    misspelled = intervene(model, sae, [Ablate(1)], hook="blocks.1.hook_resid_pst")
+    with pytest.raises(InputError, match=r"nearest: blocks\.1\.hook_resid_post"), misspelled:
+        pass
     unmeasured = sae_for(32, HOOK)
     unmeasured.latents = None
     with pytest.raises(InputError, match="corpus maxima"), intervene(model, unmeasured, [Clamp(1, times_max=5.0)]):

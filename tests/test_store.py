@@ -481,7 +481,7 @@ def test_statistics_come_back_exactly(tmp_path: Path) -> None:
     write_all(store, {"h": np.ones((6, 2), np.float32)})
     kept = HookStatistics(rows=5, mean=np.array([1 / 3, -1e-300]), mean_norm=0.1, mean_square_norm=2 / 3, max_norm=7.0)
     store.finish({"h": kept})
-    found = ActivationStore.open(tmp_path / "s").statistics("h")
+    found = ActivationStore.open(str(tmp_path / "s")).statistics("h")
     np.testing.assert_array_equal(found.mean, kept.mean)
     assert found.mean.dtype == np.float64
     for name in ("rows", "mean_norm", "mean_square_norm", "max_norm"):

@@ -24,8 +24,8 @@ def planted(n_true=40, d=32, count=40, batch=512, seed=0):
 
 
 def config(**changes) -> TrainConfig:
-    base = {"d_sae": 32, "steps": 60, "batch_size": 64, "l1_coefficient": 1.0, "lr": 3e-3, "log_every": 10, "checkpoint_every": 20}
-    return TrainConfig(**{**base, **changes})
+    base = {"d_sae": 32, "steps": 60, "batch_size": 64, "l1_coefficient": 1.0, "lr": 3e-3}
+    return TrainConfig(**{**base, "log_every": 10, "checkpoint_every": 20, **changes})
 
 
 def small_batches(count=30, batch=64, d=8, seed=0):
