@@ -9,8 +9,15 @@ from typing import Any
 
 from activation_store.errors import InputError, first_line
 from activation_store.files import append_json_line, read_json_lines
-from explain.backends.backend import RequestFailed
 from explain.config import ExplainConfig
+
+
+class RequestFailed(Exception):
+    """A proposal or simulation could not be had; the message is the reason, kept with the unit."""
+
+
+class UnusableReply(RequestFailed):
+    """The server answered, but not with a chat completion; asking again may help."""
 
 
 def connect(config: ExplainConfig) -> Any:
@@ -24,7 +31,12 @@ def connect(config: ExplainConfig) -> Any:
     key = os.environ.get("OPENAI_API_KEY") or ("unused" if base_url else None)
     if key is None:
         raise InputError("OPENAI_API_KEY is not set: set it, or point OPENAI_BASE_URL at a server that needs none")
-    return openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=config.retries, timeout=config.timeout)
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        raise InputError("OPENAI_API_KEY holds characters that no HTTP header may hold, such as a line break: set it again")
+    try:
+        return openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=config.retries, timeout=config.timeout)
+    except Exception as error:  # httpx has no public base of its URL errors
+        raise InputError(f"explain.base_url: {base_url!r} is not a server's address ({first_line(error)})") from None
 
 
 def check_server(config: ExplainConfig) -> None:
@@ -52,8 +64,14 @@ def reason(error: Exception) -> str:
     text = f"HTTP {status} ({first_line(error)})" if status else first_line(error)
     cause = error.__cause__
     text += f", {first_line(cause)}" if cause is not None else ""
+    return _masked(text)[:300]
+
+
+def _masked(text: str) -> str:
+    """Take the key out of what a server said, before it is shown or kept; lone surrogates too, which no file can hold."""
     key = os.environ.get("OPENAI_API_KEY")
-    return (text.replace(key, "[key]") if key else text)[:300]
+    text = text.encode("utf-8", "replace").decode()
+    return text.replace(key, "[key]") if key else text
 
 
 class ChatClient:
@@ -72,12 +90,13 @@ class ChatClient:
         """Return the answer's text. `attempt` above 0 asks afresh for one that could not be read.
 
         Transport faults and statuses 408, 409, 429 and 5xx are retried by the openai package, which honours Retry-After.
-        Raises RequestFailed with the reason once that is exhausted.
+        Raises RequestFailed with the reason once that is exhausted, UnusableReply for a reply that is no chat completion.
         """
         import openai
 
         request: dict[str, Any] = {
             "model": self.config.model, "messages": messages, "temperature": 0.0 if attempt == 0 else 0.5, "seed": attempt,
+            "max_completion_tokens": self.config.max_answer_tokens,  # a small model at temperature 0 may never stop
         }  # fmt: skip
         if self.config.response_format == "json_schema":
             request["response_format"] = {
@@ -96,15 +115,17 @@ class ChatClient:
             except openai.APIError as error:
                 raise RequestFailed(reason(error)) from None
             except ValueError as error:  # a body that is not JSON
-                raise RequestFailed(f"the server's reply is not an API answer: {first_line(error)}") from None
-        usage = getattr(reply, "usage", None)
-        if usage is not None:
-            self._counts["prompt_tokens"] += usage.prompt_tokens or 0
-            self._counts["completion_tokens"] += usage.completion_tokens or 0
-        choices = getattr(reply, "choices", None)
-        text = choices[0].message.content if choices else None
+                raise UnusableReply(f"the server's reply is not an API answer: {_masked(first_line(error))}") from None
+        for kind in ("prompt_tokens", "completion_tokens"):
+            count = getattr(getattr(reply, "usage", None), kind, None)
+            self._counts[kind] += count if isinstance(count, int) else 0
+        try:
+            text = reply.choices[0].message.content
+        except (AttributeError, TypeError, LookupError):  # the openai package does not check what servers send
+            text = None
         if not isinstance(text, str):
-            raise RequestFailed(f"the server's reply holds no text: {str(reply)[:120]!r}")
+            raise UnusableReply(f"the server's reply holds no text: {_masked(str(reply))[:120]!r}")
+        text = _masked(text)
         append_json_line(self._journal, {"key": key, "answer": text})
         self._answers[key] = text
         return text

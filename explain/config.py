@@ -33,4 +33,5 @@ class ExplainConfig(Section):
     concurrency: int = Field(default=8, ge=1)
     timeout: float = Field(default=60.0, gt=0)
     retries: int = Field(default=4, ge=0, description="of a request that failed, and of an answer that cannot be read")
+    max_answer_tokens: int = Field(default=1024, ge=16)
     response_format: Literal["json_schema", "json_object", "text"] = "json_schema"

@@ -61,9 +61,12 @@ def explain(
         identity = IdentitySAE.of(neuron_hook, store.width(neuron_hook))
         wanted.append(("neurons", identity, neuron_hook, config.neurons))
     for dictionary, source, _, choice in wanted:
-        bad = [n for n in choice if not 0 <= n < source.cfg.d_sae] if not isinstance(choice, int) else []
+        field, listed = ("latents" if dictionary == "sae" else "neurons"), (() if isinstance(choice, int) else choice)
+        bad = [n for n in listed if not 0 <= n < source.cfg.d_sae]
         if bad:
-            raise InputError(f"explain: {dictionary} {bad} are outside 0..{source.cfg.d_sae - 1}")
+            raise InputError(f"explain.{field}: {bad} given; allowed: 0 to {source.cfg.d_sae - 1}")
+        if len(set(listed)) < len(listed):
+            raise InputError(f"explain.{field}: {list(listed)} given; each number once")
     units_file, statistics_file = folder / "units.jsonl", folder / "evidence.json"
     latents = sae.latents
     if not units_file.exists() or latents is None:
@@ -145,7 +148,9 @@ async def _describe_and_score(
             try:
                 if unit.name not in failures and unit.name not in done:
                     line = await score_unit(unit)
-                    append_json_line(journal, line)
+                    complete = await add_control(unit, line)
+                    if complete:  # else the next start has only the control to ask for: the rest is answered
+                        append_json_line(journal, line)
                     done[unit.name] = line
             except RequestFailed as error:
                 failures[unit.name] = f"simulate: {error}"
@@ -162,12 +167,22 @@ async def _describe_and_score(
         table = await lookup.propose(unit)
         by_lookup = [await lookup.simulate(table, example) for example in unit.test]
         line["lookup_correlation"] = _number(correlation_scores(true, by_lookup).ev_correlation)
-        if config.shuffled_control:
-            stranger = explanations.get(other.get(unit.name, ""))
-            if stranger is not None:
-                shuffled = [await backend.simulate(stranger, example) for example in unit.test]
-                line["shuffled_correlation"] = _number(correlation_scores(true, shuffled).ev_correlation)
         return line
+
+    async def add_control(unit: Unit, line: dict[str, Any]) -> bool:
+        """Add the shuffled control; return whether nothing is missing. Its failure is not the unit's own."""
+        if not config.shuffled_control or unit.name not in other:
+            return True
+        stranger = explanations.get(other[unit.name])
+        if stranger is None:
+            return False
+        try:
+            shuffled = [await backend.simulate(stranger, example) for example in unit.test]
+        except RequestFailed:
+            return False
+        true = [example.activations for example in unit.test]
+        line["shuffled_correlation"] = _number(correlation_scores(true, shuffled).ev_correlation)
+        return True
 
     progress(0, len(units))
     await asyncio.gather(*(describe(unit) for unit in units))

@@ -130,7 +130,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 def describe(error: ValidationError) -> str:
     """Return all faults of a config in one line, one clause a field.
 
-    >>> try: TrainConfig(d_sae=0)
+    >>> try: TrainConfig(d_sae=0, steps=1)
     ... except ValidationError as e: print(describe(e))
     d_sae: 0 given; allowed: greater than or equal to 1
     """

@@ -16,7 +16,7 @@ def test_training_on_cuda_stays_near_the_cpu(compute_dtype):
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(256, 64, generator=generator) + 1 for _ in range(10)]
     saes = {
-        device: train(batches, TrainConfig(d_sae=256, steps=40, batch_size=256, lr=1e-3, compute_dtype=compute_dtype, device=device))
+        device: train(batches, TrainConfig(d_sae=256, steps=40, batch_size=256, compute_dtype=compute_dtype, device=device))
         for device in ("cpu", "cuda")
     }
     x = batches[0]

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from explain.backends.backend import Backend, Explanation, RequestFailed
+from explain.backends.backend import Backend, Explanation
 from explain.backends.chat import ChatBackend
 from explain.backends.lookup import LookupBackend
+from explain.client import RequestFailed
 from explain.config import ExplainConfig
 
 __all__ = ["BACKENDS", "Backend", "ChatBackend", "Explanation", "LookupBackend", "RequestFailed", "make_backend"]

@@ -8,10 +8,6 @@ from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 
 
-class RequestFailed(Exception):
-    """A proposal or simulation could not be had; the message is the reason, kept with the unit."""
-
-
 @dataclass(frozen=True)
 class Explanation:
     """A description in words, and what turns the simulator's answers into activations.
@@ -32,7 +28,7 @@ class Backend(Protocol):
         """Take the settings; raise InputError for those that cannot work, before any request."""
 
     async def propose(self, unit: Unit) -> Explanation:
-        """Describe a unit from its training examples. Raises RequestFailed."""
+        """Describe a unit from its training examples. Raises explain.client.RequestFailed."""
         ...
 
     async def simulate(self, explanation: Explanation, example: Example) -> list[float]:

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from explain.backends.backend import Explanation, RequestFailed
-from explain.client import ChatClient
+from explain.backends.backend import Explanation
+from explain.client import ChatClient, RequestFailed, UnusableReply
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 
@@ -69,7 +69,7 @@ class ChatBackend:
             if not isinstance(values, list) or len(values) != n:
                 found = len(values) if isinstance(values, list) else "no list"
                 raise ValueError(f'expected {{"activations": [...]}} with exactly {n} integers, got {found}')
-            if not all(isinstance(v, int) and 0 <= v <= _LEVELS for v in values):
+            if not all(type(v) is int and 0 <= v <= _LEVELS for v in values):
                 raise ValueError(f"expected integers from 0 to {_LEVELS}")
             return [v * explanation.scale for v in values]
 
@@ -80,10 +80,14 @@ class ChatBackend:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         fault = ""
         for attempt in range(self.config.retries + 1):
-            answer = await self.client.complete(messages, schema, attempt)
+            try:
+                answer = await self.client.complete(messages, schema, attempt)
+            except UnusableReply as error:
+                fault = str(error)
+                continue
             try:
                 return read(json.loads(_json_part(answer)))
-            except ValueError as error:  # json's own error is a ValueError too
+            except (ValueError, RecursionError) as error:  # json's own errors: bad syntax, or nested without end
                 fault = str(error)
                 messages = [
                     *messages[:2],
