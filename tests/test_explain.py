@@ -591,8 +591,8 @@ def test_two_runs_of_one_seed_are_equal_to_the_byte(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"latents": (0, 8)}, r"sae \[8\] are outside 0\.\.7"),
-        ({"neurons": (9,)}, r"neurons \[9\] are outside 0\.\.7"),
+        ({"latents": (0, 8)}, r"explain\.latents: \[8\] given; allowed: 0 to 7"),
+        ({"neurons": (9,)}, r"explain\.neurons: \[9\] given; allowed: 0 to 7"),
         ({"neurons": 1, "neuron_hook": "blocks.9.hook_resid_post"}, r"blocks\.9\.hook_resid_post"),
         ({"window": 5}, r"explain\.window: 5 does not divide"),
     ],

@@ -73,6 +73,7 @@ def test_folder_round_trip_and_saelens_layout(tmp_path):
     # the keys that SAELens 6.54 reads from a v6 folder
     assert {"architecture", "d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations",
             "reshape_activations", "metadata"} <= set(cfg)  # fmt: skip
+    assert cfg["metadata"]["sae_lens_version"] >= "6.0.0"  # without it SAELens reads the folder as a pre-6 one
     shapes = {name: tuple(v.shape) for name, v in load_file(tmp_path / "sae/sae_weights.safetensors").items()}
     assert shapes == {"W_enc": (8, 20), "b_enc": (20,), "W_dec": (20, 8), "b_dec": (8,)}
     sae.save(tmp_path / "sae")  # over an old one

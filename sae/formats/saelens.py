@@ -14,6 +14,8 @@ from activation_store.files import folder_aside, write_atomic
 from sae.sae import SAE, LatentStatistics, SAEConfig
 
 _CONFIG, _WEIGHTS, _LATENTS = "cfg.json", "sae_weights.safetensors", "latents.safetensors"
+# SAELens takes a folder without a version for a pre-6 one, reads its config flat, and loses all of `metadata`.
+_FORMAT = "6.0.0"
 # expected_average_only_in is folded into the weights of every exported SAE, so at inference it changes nothing.
 _NO_RUN_TIME_SCALING = ("none", "expected_average_only_in", None, False)
 
@@ -76,7 +78,7 @@ class SAELensFormat:
             "apply_b_dec_to_input": sae.cfg.apply_b_dec_to_input,
             "normalize_activations": "none",
             "reshape_activations": "none",
-            "metadata": {**sae.cfg.metadata, "hook_name": sae.cfg.hook_name},
+            "metadata": {"sae_lens_version": _FORMAT, **sae.cfg.metadata, "hook_name": sae.cfg.hook_name},
         }
         with folder_aside(path) as aside:
             weights = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
