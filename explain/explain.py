@@ -55,45 +55,17 @@ def explain(
     """
     hook = sae.cfg.hook_name or store.hooks[0]
     backend = make_backend(config, folder)
-    wanted: list[tuple[str, SAE, str, int | tuple[int, ...]]] = [("sae", sae, hook, config.latents)]
+    sources = [_Source("sae", "latents", sae, hook, config.latents)]
     if config.neurons:
         neuron_hook = config.neuron_hook or hook
         identity = IdentitySAE.of(neuron_hook, store.width(neuron_hook))
-        wanted.append(("neurons", identity, neuron_hook, config.neurons))
-    for dictionary, source, _, choice in wanted:
-        field, listed = ("latents" if dictionary == "sae" else "neurons"), (() if isinstance(choice, int) else choice)
-        bad = [n for n in listed if not 0 <= n < source.cfg.d_sae]
-        if bad:
-            raise InputError(f"explain.{field}: {bad} given; allowed: 0 to {source.cfg.d_sae - 1}")
-        if len(set(listed)) < len(listed):
-            raise InputError(f"explain.{field}: {list(listed)} given; each number once")
-    units_file, statistics_file = folder / "units.jsonl", folder / "evidence.json"
+        sources.append(_Source("neurons", "neurons", identity, neuron_hook, config.neurons))
+    for source in sources:
+        source.check()
+    units_file, counts_file = folder / "units.jsonl", folder / "evidence.json"
     latents = sae.latents
-    if not units_file.exists() or latents is None:
-        units: list[Unit] = []
-        counts: dict[str, Any] = {}
-        for dictionary, source, where, choice in wanted:
-            train, held_out = (
-                gather_evidence(
-                    source, store, where, split, window=config.window, top=2 * top, sample=2 * sampled, seed=seed,
-                    checkpoint=folder / f"evidence-{dictionary}-{split}.safetensors",
-                    checkpoint_seconds=config.checkpoint_seconds, progress=evidence_progress,
-                )
-                for split, top, sampled in (
-                    ("train", config.train_top, config.train_sampled), ("held_out", config.test_top, config.test_sampled),
-                )
-            )  # fmt: skip
-            chosen, eligible = _choose(choice, train, held_out, seed)
-            counts[dictionary] = {"latents": source.cfg.d_sae, "eligible": eligible, "chosen": len(chosen)}
-            units += choose_units(
-                source, store, dictionary, where, chosen, train, held_out, config,
-                lambda ids: str(tokenizer.decode(ids)), seed,
-            )  # fmt: skip
-            if dictionary == "sae":
-                latents = train.statistics
-        write_json(statistics_file, counts)
-        write_atomic(units_file, "".join(json.dumps(u.as_json(), ensure_ascii=False) + "\n" for u in units).encode())
-    assert latents is not None
+    if latents is None or not units_file.exists():
+        latents = _write_units(sources, store, tokenizer, config, folder, seed, evidence_progress)
     units = [Unit.of_json(line) for line in read_json_lines(units_file)]
     results, failures = asyncio.run(_describe_and_score(units, config, backend, folder / "results.jsonl", seed, progress))
     lines = [_final_line(unit, results.get(unit.name), failures.get(unit.name)) for unit in units]
@@ -103,11 +75,65 @@ def explain(
         **backend.facts(),
         "dictionaries": {
             name: {**counted, **_summary([line for line in lines if line["dictionary"] == name])}
-            for name, counted in json.loads(statistics_file.read_text()).items()
+            for name, counted in json.loads(counts_file.read_text()).items()
         },
     }
     write_json(folder / "summary.json", summary)
     return ExplainResult(summary, latents)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One dictionary to explain: its name in results, its config field, the hook it reads, and which units are wanted."""
+
+    dictionary: str
+    field: str
+    sae: SAE
+    hook: str
+    choice: int | tuple[int, ...]
+
+    def check(self) -> None:
+        """Refuse a list of units that does not exist or names one twice."""
+        listed = () if isinstance(self.choice, int) else self.choice
+        bad = [n for n in listed if not 0 <= n < self.sae.cfg.d_sae]
+        if bad:
+            raise InputError(f"explain.{self.field}: {bad} given; allowed: 0 to {self.sae.cfg.d_sae - 1}")
+        if len(set(listed)) < len(listed):
+            raise InputError(f"explain.{self.field}: {list(listed)} given; each number once")
+
+
+def _write_units(
+    sources: list[_Source], store: ActivationStore, tokenizer: Any, config: ExplainConfig, folder: Path, seed: int,
+    progress: Progress,
+) -> LatentStatistics:  # fmt: skip
+    """Pass over the store, choose the units, write their examples (units.jsonl) and counts (evidence.json).
+
+    Returns the statistics of the first source, the SAE, on the training split.
+    """
+    splits = {"train": (config.train_top, config.train_sampled), "held_out": (config.test_top, config.test_sampled)}
+    units: list[Unit] = []
+    counts: dict[str, Any] = {}
+    statistics: list[LatentStatistics] = []
+    for source in sources:
+        evidence = {
+            split: gather_evidence(
+                source.sae, store, source.hook, split, window=config.window, seed=seed,
+                top=2 * top, sample=2 * sampled,  # twice what is shown: some will be dropped as repeated texts
+                checkpoint=folder / f"evidence-{source.dictionary}-{split}.safetensors",
+                checkpoint_seconds=config.checkpoint_seconds, progress=progress,
+            )
+            for split, (top, sampled) in splits.items()
+        }  # fmt: skip
+        chosen, eligible = _choose(source.choice, evidence["train"], evidence["held_out"], seed)
+        counts[source.dictionary] = {"latents": source.sae.cfg.d_sae, "eligible": eligible, "chosen": len(chosen)}
+        units += choose_units(
+            source.sae, store, source.dictionary, source.hook, chosen, evidence["train"], evidence["held_out"], config,
+            lambda ids: str(tokenizer.decode(ids)), seed,
+        )  # fmt: skip
+        statistics.append(evidence["train"].statistics)
+    write_json(folder / "evidence.json", counts)
+    write_atomic(folder / "units.jsonl", "".join(json.dumps(u.as_json(), ensure_ascii=False) + "\n" for u in units).encode())
+    return statistics[0]
 
 
 def _choose(choice: int | tuple[int, ...], train: Evidence, held_out: Evidence, seed: int) -> tuple[list[int], int]:

@@ -69,7 +69,9 @@ class Run:
     @cached_property
     def subject(self) -> Subject:
         """The model, loaded once a process."""
-        return load_subject(self.config.model)
+        converted = " (a GGUF is converted once)" if self.config.model.id.endswith(".gguf") else ""
+        with console.status(f"loading {self.config.model.id}{converted}"):
+            return load_subject(self.config.model)
 
     def store(self) -> ActivationStore:
         """Open the harvested store."""

@@ -95,8 +95,6 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 def _explain(run: Run) -> dict[str, Any]:
     sae, store = run.sae(), run.store()
-    if sae.latents is None and (run.explanations / "units.jsonl").exists():
-        (run.explanations / "units.jsonl").unlink()  # killed between the two; the pass is made again
     with progress_bar("reading evidence") as evidence, progress_bar("explain", "unit") as bar:
         result = explain(
             sae, store, run.subject.tokenizer, run.config.explain, run.explanations, seed=run.config.seed,
