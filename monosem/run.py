@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.markup import escape
 
 from activation_store.errors import InputError
 from activation_store.files import write_atomic, write_json
@@ -116,10 +117,10 @@ class Run:
             todo += upstream.after
         return self.config.key(*sorted(sections))
 
-    def finished(self, stage: Stage, stages: dict[str, Stage]) -> bool:
+    def finished(self, stage: Stage, stages: dict[str, Stage], states: tuple[str, ...] = ("done",)) -> bool:
         """Say whether a stage is done with just these settings."""
         state = self.manifest().get("stages", {}).get(stage.name, {})
-        return bool(state.get("state") == "done" and state.get("key") == self.key(stage, stages))
+        return state.get("state") in states and state.get("key") == self.key(stage, stages)
 
     def do(self, stage: Stage, stages: dict[str, Stage]) -> None:
         """Run one stage unless it is done; results of other settings are moved to previous/, never deleted.
@@ -129,7 +130,7 @@ class Run:
         """
         for name in stage.after:
             before = self.manifest().get("stages", {}).get(name)
-            if before is not None and not self.finished(stages[name], stages):
+            if before is not None and not self.finished(stages[name], stages, ("done", "incomplete")):
                 why = "has not finished" if before["key"] == self.key(stages[name], stages) else "was made with other settings"
                 raise InputError(f"{stage.name}: {name} in {self.folder} {why}; run `monosem {name}` with this config first")
         key = self.key(stage, stages)
@@ -145,7 +146,7 @@ class Run:
         start = time.perf_counter()
         figures = stage.work(self)
         seconds = time.perf_counter() - start
-        incomplete = figures.pop("incomplete", False)
+        incomplete = figures.pop("incomplete", False)  # parts failed: good enough to go on with, tried again next time
         self._mark(stage, {
             "state": "incomplete" if incomplete else "done", "key": key, "seconds": round(seconds, 2), "figures": figures,
             "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
@@ -175,6 +176,9 @@ def _figures(figures: dict[str, Any]) -> str:
     """Return figures as short text."""
     parts = []
     for name, value in figures.items():
-        text = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+        if isinstance(value, float):
+            text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        else:
+            text = f"{value:,}" if isinstance(value, int) else str(value)
         parts.append(f"{name.replace('_', ' ')} {text}")
-    return ", ".join(parts)
+    return escape(", ".join(parts))  # paths and names may hold brackets, which rich takes for markup

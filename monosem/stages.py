@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from activation_store.errors import InputError
 from activation_store.files import append_json_line, read_json_lines, write_atomic, write_json
 from activation_store.harvest import harvest
@@ -95,6 +97,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 def _explain(run: Run) -> dict[str, Any]:
     sae, store = run.sae(), run.store()
+    start = time.perf_counter()
     with progress_bar("reading evidence") as evidence, progress_bar("explain", "unit") as bar:
         result = explain(
             sae, store, run.subject.tokenizer, run.config.explain, run.explanations, seed=run.config.seed,
@@ -102,6 +105,7 @@ def _explain(run: Run) -> dict[str, Any]:
         )  # fmt: skip
     save_latents(result.latents, run.folder / "sae")
     figures: dict[str, Any] = {"backend": result.summary["backend"]}
+    figures["tokens_per_second"] = store.rows / (time.perf_counter() - start)
     failed = 0
     for name, found in result.summary["dictionaries"].items():
         prefix = "" if name == "sae" else f"{name}_"
@@ -114,7 +118,7 @@ def _explain(run: Run) -> dict[str, Any]:
                 figures[f"{prefix}{key}"] = found[key]["mean"]
         failed += found["failed"]
         for reason in found["failure_reasons"]:
-            console.print(f"[yellow]![/] {name}: failed: {reason}", markup=True)
+            console.print(f"[yellow]![/] {name}: failed: {escape(reason)}")
     total = sum(found["chosen"] for found in result.summary["dictionaries"].values())
     if failed and failed == total:
         reason = next(r for found in result.summary["dictionaries"].values() for r in found["failure_reasons"])

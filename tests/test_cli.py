@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from llm_servers import ChatServer, Reply, completion, error
 
 import monosem.plan
 from activation_store import ActivationStore
 from monosem.cli import main
 from sae import SAE
 
+CHAT = ("explain.backend=openai", "explain.retries=0", "explain.neurons=0")
 RESID, MLP = "blocks.1.hook_resid_post", "blocks.1.mlp.hook_post"
 
 
@@ -241,6 +243,49 @@ def test_a_disk_that_fills_up_midway_is_bad_input_and_the_work_goes_on(tiny_conf
     code, _, err = monosem_cli(capsys, monkeypatch, "harvest", tiny_config, f"runs_dir={tmp_path}")
     assert code == 0, err
     assert same_bytes(finished / "activations", tmp_path / "tiny/activations") > 10
+
+
+def test_units_that_failed_are_shown_and_tried_again(finished, tiny_config, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished, tmp_path / "tiny")
+    healthy = False
+
+    def script(request):
+        asked = request.simulates
+        if asked is not None:
+            return Reply(completion(json.dumps({"activations": [i % 11 for i in range(asked["count"])]})))
+        if not healthy and request.number % 2:
+            return Reply(error("overloaded [/bold]"), status=500)
+        return Reply(completion('{"description": "anything"}'))
+
+    args = (tiny_config, f"runs_dir={tmp_path}", *CHAT, "explain.latents=4")
+    with ChatServer(script) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        code, out, err = monosem_cli(capsys, monkeypatch, "run", *args)
+        assert code == 0, err
+        assert "HTTP 500" in out
+        scores = [json.loads(line) for line in (tmp_path / "tiny/explanations/scores.jsonl").read_text().splitlines()]
+        assert {s["state"] for s in scores} >= {"failed"}
+        assert all("HTTP 500" in s["reason"] and s["ev_correlation"] is None for s in scores if s["state"] == "failed")
+        assert (tmp_path / "tiny/report/index.html").exists()
+        healthy = True
+        code, out, err = monosem_cli(capsys, monkeypatch, "explain", *args)
+        assert code == 0, err
+        scores = [json.loads(line) for line in (tmp_path / "tiny/explanations/scores.jsonl").read_text().splitlines()]
+        assert not [s for s in scores if s["state"] == "failed"]
+        code, out, _ = monosem_cli(capsys, monkeypatch, "explain", *args)
+        assert "done already" in out
+
+
+def test_an_llm_server_that_is_down_or_refuses_is_exit_code_2(finished, tiny_config, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished, tmp_path / "tiny")
+    args = (tiny_config, f"runs_dir={tmp_path}", *CHAT, "explain.latents=2")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    code, _, err = monosem_cli(capsys, monkeypatch, "run", *args)  # asked before anything else is done
+    assert (code, err.count("error:"), "http://127.0.0.1:9/v1" in err) == (2, 1, True)
+    code, _, err = monosem_cli(capsys, monkeypatch, "explain", *args)  # alone: every unit is marked with the reason
+    assert (code, err.count("error:"), "all 2 units failed" in err) == (2, 1, True)
+    scores = [json.loads(line) for line in (tmp_path / "tiny/explanations/scores.jsonl").read_text().splitlines()]
+    assert [s["state"] for s in scores] == ["failed", "failed"]
 
 
 def same_bytes(one: Path, other: Path) -> int:

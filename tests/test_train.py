@@ -43,6 +43,7 @@ def hand_sae() -> StandardSAE:
     return sae
 
 
+@torch.no_grad()
 def test_the_loss_by_hand():
     # x = (1, 2): f = (1, 2); x_hat = (3, 4) + (0, 1) = (3, 5); error (2, 3), squared 13
     x = torch.tensor([[1.0, 2.0]])
@@ -54,12 +55,12 @@ def test_the_loss_by_hand():
     assert float(out.l1) == 3.0
 
 
+@torch.no_grad()
 def test_the_loss_cannot_be_gamed_by_scale():
     x = torch.tensor([[1.0, 2.0]])
     sae, gamed = hand_sae(), hand_sae()
-    with torch.no_grad():  # f / 7 and 7 d: the same reconstruction
-        gamed.W_enc.div_(7)
-        gamed.W_dec.mul_(7)
+    gamed.W_enc.div_(7)  # f / 7 and 7 d: the same reconstruction
+    gamed.W_dec.mul_(7)
     assert float(gamed.training_loss(x, config(), 1.0).loss) == pytest.approx(float(sae.training_loss(x, config(), 1.0).loss))
 
 
