@@ -74,7 +74,7 @@ def train(
     tokens_idle = torch.zeros(config.d_sae, dtype=torch.int64, device=device)  # tokens since each latent last fired
     if saved is not None:
         _restore(saved, parameters, optimizer, tokens_idle)
-    log = _MetricsLog(metrics, start)
+    log = _MetricsLog(metrics, start, start * config.batch_size)
 
     for step in range(start, config.steps):
         x = first if step == start else next(stream)
@@ -167,10 +167,10 @@ def _measure(x: Tensor, out: TrainingLoss, tokens_idle: Tensor, config: TrainCon
 class _MetricsLog:
     """Writes each logged step when the next one comes, so that reading its figures never makes the device wait."""
 
-    def __init__(self, path: Path | None, start: int) -> None:
+    def __init__(self, path: Path | None, start: int, tokens: int) -> None:
         self.path, self.last = path, dict[str, float | None]()
-        self._pending: tuple[int, int, dict[str, Tensor], dict[str, float]] | None = None
-        self._clock, self._tokens = time.perf_counter(), -1  # no rate before the second line
+        self._pending: tuple[int, int, list[str], Tensor, torch.cuda.Event | None, dict[str, float]] | None = None
+        self._clock, self._tokens = time.perf_counter(), tokens
         if path is not None:  # drop what was logged after the checkpoint that we resume from
             kept = [line for line in read_json_lines(path) if line["step"] <= start]
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -178,19 +178,24 @@ class _MetricsLog:
     def add(self, step: int, tokens: int, figures: dict[str, Tensor], facts: dict[str, float]) -> None:
         self.flush()
         now = time.perf_counter()
-        rate = {"tokens_per_second": (tokens - self._tokens) / (now - self._clock)} if self._tokens >= 0 else {}
+        rate = (tokens - self._tokens) / (now - self._clock)
         self._clock, self._tokens = now, tokens
-        copies = {name: value.to("cpu", non_blocking=True) for name, value in figures.items()}
-        self._pending = (step, tokens, copies, {**facts, **rate})
+        values = torch.stack([value.float() for value in figures.values()])
+        host = torch.empty(len(figures), pin_memory=values.is_cuda)
+        host.copy_(values, non_blocking=True)
+        arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
+        if arrived is not None:
+            arrived.record()
+        self._pending = (step, tokens, list(figures), host, arrived, {**facts, "tokens_per_second": rate})
 
     def flush(self) -> None:
         if self._pending is None:
             return
-        step, tokens, figures, facts = self._pending
+        step, tokens, names, host, arrived, facts = self._pending
         self._pending = None
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-        values = {name: float(value) for name, value in figures.items()}
+        if arrived is not None:
+            arrived.synchronize()  # long past: it was recorded a whole log ago
+        values = dict(zip(names, host.tolist(), strict=True))
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(f"the loss is {values['loss']} at step {step}; lower train.lr or check the activations")
         # explained variance has no value on a batch that does not vary
@@ -243,6 +248,6 @@ def _restore(path: Path, parameters: dict[str, Any], optimizer: torch.optim.Opti
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"weights.{name}"])
             optimizer.state[parameter] = {
-                key: tensors[f"adam.{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+                key: tensors[f"adam.{key}.{name}"].to(parameter.device)  # fused Adam keeps its step there too
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
