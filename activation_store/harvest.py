@@ -17,9 +17,10 @@ from activation_store.config import DataConfig, HarvestConfig
 from activation_store.errors import InputError
 from activation_store.files import write_atomic
 from activation_store.hooks import HookSite, capture, locate_hooks
+from activation_store.progress import Progress
 from activation_store.store import ActivationStore, HookStatistics
 from activation_store.subject import Subject
-from activation_store.text import Progress, token_rows
+from activation_store.text import token_rows
 
 
 def hook_widths(model: torch.nn.Module, sites: Mapping[str, HookSite], device: torch.device | str) -> dict[str, int]:

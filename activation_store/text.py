@@ -2,7 +2,7 @@
 
 import glob
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from activation_store.config import DataConfig
 from activation_store.errors import InputError, first_line
+from activation_store.progress import Progress
 
-Progress = Callable[[int, int], None]
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 _DOCUMENTS_A_CALL = 256
 

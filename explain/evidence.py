@@ -5,7 +5,6 @@ numbered through the store, so a window's tokens and activations are index arith
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from activation_store.errors import InputError
 from activation_store.files import write_atomic
+from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from sae.sae import SAE, LatentStatistics
 from sae.statistics import RunningStatistics
 
-Progress = Callable[[int, int], None]
 _MISSING = -1
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from activation_store.errors import InputError
-from activation_store.files import append_json_line, read_json_lines, write_atomic, write_json
+from activation_store.files import append_json_line, read_json_lines, write_json, write_json_lines
+from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from explain.backends import Backend, Explanation, LookupBackend, RequestFailed, make_backend
 from explain.config import ExplainConfig
@@ -21,8 +21,6 @@ from explain.examples import Unit, choose_units
 from explain.scores import correlation_scores
 from sae.architectures.identity import IdentitySAE
 from sae.sae import SAE, LatentStatistics
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def explain(
     units = [Unit.of_json(line) for line in read_json_lines(units_file)]
     results, failures = asyncio.run(_describe_and_score(units, config, backend, folder / "results.jsonl", seed, progress))
     lines = [_final_line(unit, results.get(unit.name), failures.get(unit.name)) for unit in units]
-    write_atomic(folder / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    write_json_lines(folder / "scores.jsonl", lines)
     summary = {
         "backend": config.backend,
         **backend.facts(),
@@ -132,7 +130,7 @@ def _write_units(
         )  # fmt: skip
         statistics.append(evidence["train"].statistics)
     write_json(folder / "evidence.json", counts)
-    write_atomic(folder / "units.jsonl", "".join(json.dumps(u.as_json(), ensure_ascii=False) + "\n" for u in units).encode())
+    write_json_lines(folder / "units.jsonl", (unit.as_json() for unit in units))
     return statistics[0]
 
 

@@ -165,7 +165,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print(f"interrupted; to go on from here: {shlex.join(['monosem', *sys.argv[1:]])}", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # typer brings its own copy of click, whose usage errors have no public base to name
         if hasattr(error, "format_message"):  # a usage error: unknown command, missing option
             print(f"error: {error.format_message()}", file=sys.stderr)
             sys.exit(2)

@@ -29,7 +29,6 @@ from sae.train import train
 
 def _harvest(run: Run) -> dict[str, Any]:
     config = run.config
-    require_disk(run, make_plan(config))
     with progress_bar("reading text") as text, progress_bar("harvest") as bar:
         start = time.perf_counter()
         store = harvest(
@@ -252,8 +251,7 @@ def do_stages(run: Run, names: list[str]) -> None:
     """Run stages in order; everything that can be known to fail is found before the first one starts."""
     todo = [name for name in names if not run.finished(STAGES[name], STAGES)]
     if "harvest" in todo:
-        plan = make_plan(run.config)
-        require_disk(run, plan)
+        require_disk(run, make_plan(run.config))
     if len(names) > 1 and "explain" in todo and run.config.explain.backend == "openai":
         ChatBackend(run.config.explain, run.explanations)
         check_server(run.config.explain)

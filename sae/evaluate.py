@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from activation_store.errors import InputError
 from activation_store.hooks import locate_hooks, on_pass
+from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from sae.config import EvaluateConfig
 from sae.sae import SAE
 
-Progress = Callable[[int, int], None]
 DENSITY_EDGES = [-6.0 + 0.25 * i for i in range(25)]  # log10 of density, 1e-6 to 1
 
 

@@ -1,15 +1,14 @@
 """What every latent does on the corpus: its maximum, its density, in one pass and (d_sae,) memory."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from sae.sae import HISTOGRAM_EDGES, SAE, LatentStatistics
 
-Progress = Callable[[int, int], None]
 _BINS = len(HISTOGRAM_EDGES) - 1
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from activation_store.errors import InputError
-from activation_store.files import append_json_line, folder_aside, read_json_lines, write_atomic
+from activation_store.files import append_json_line, folder_aside, read_json_lines, write_json_lines
+from activation_store.progress import Progress
 from activation_store.subject import pick_device
 from sae.config import TrainConfig
 from sae.sae import SAE, TrainingLoss
-
-Progress = Callable[[int, int], None]
 
 
 @runtime_checkable
@@ -173,7 +172,7 @@ class _MetricsLog:
         self._clock, self._tokens = time.perf_counter(), tokens
         if path is not None:  # drop what was logged after the checkpoint that we resume from
             kept = [line for line in read_json_lines(path) if line["step"] <= start]
-            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_json_lines(path, kept)
 
     def add(self, step: int, tokens: int, figures: dict[str, Tensor], facts: dict[str, float]) -> None:
         self.flush()

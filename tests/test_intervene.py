@@ -50,6 +50,7 @@ def some_ids(model, rows=2, length=9):
 
 
 def at_hook(model, sae, ids):
+    """Read what the layers above see: registered last, this runs after any steering hook of the same place."""
     site = locate_hooks(model, [sae.cfg.hook_name])
     return capture(model, site, ids)[sae.cfg.hook_name]
 
@@ -86,13 +87,8 @@ def test_the_delta_form_is_encode_edit_decode_with_the_error_kept(tiny):
     edits = [Clamp(3, value=7.0), Ablate(5), Scale(6, 2.5), Add(9, 1.5)]
     for order in (edits, edits[::-1]):
         with intervene(model, sae, order):
-            got = at_hook_after(model, sae, ids)
+            got = at_hook(model, sae, ids)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
-
-
-def at_hook_after(model, sae, ids):
-    """Read what the layers above see: our capture hook is registered after the steering hook, so it runs after it."""
-    return at_hook(model, sae, ids)
 
 
 @torch.no_grad()
@@ -101,7 +97,7 @@ def test_times_max_is_the_formula_of_the_corpus_maximum(tiny):
     ids = some_ids(model)
     x = at_hook(model, sae, ids)
     with intervene(model, sae, [Clamp(4, times_max=5.0)]):
-        got = at_hook_after(model, sae, ids)
+        got = at_hook(model, sae, ids)
     expected = x + (5.0 * 2.0 - sae.encode(x)[..., 4])[..., None] * sae.W_dec[4]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -150,11 +146,11 @@ def test_special_tokens_stay_as_they_are(tiny):
     ids[:, 0] = 1
     x = at_hook(model, sae, ids)
     with intervene(model, sae, [Add(2, 1.0)]):
-        got = at_hook_after(model, sae, ids)
+        got = at_hook(model, sae, ids)
     assert torch.equal(got[:, 0], x[:, 0])
     torch.testing.assert_close(got[:, 1:], x[:, 1:] + sae.W_dec[2], atol=1e-5, rtol=1e-5)
     with intervene(model, sae, [Add(2, 1.0)], special_tokens=True):
-        assert not torch.equal(at_hook_after(model, sae, ids)[:, 0], x[:, 0])
+        assert not torch.equal(at_hook(model, sae, ids)[:, 0], x[:, 0])
 
 
 @torch.no_grad()
