@@ -31,6 +31,7 @@ soak: setup
 bench: setup
 	$(BIN)/python scripts/fetch_demo.py
 	$(BIN)/python benchmarks/harvest.py
+	$(BIN)/python benchmarks/store.py
 
 bench-gpu: bench
 

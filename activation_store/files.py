@@ -1,9 +1,14 @@
 """Files that are either whole or absent: write aside, fsync, rename."""
 
+import contextlib
 import errno
+import itertools
 import json
 import os
+import platform
+import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +18,37 @@ from activation_store.errors import InputError
 
 # A sink is one bytes-like object or several, so that a header or a checksum needs no copy of the payload.
 Payload = bytes | bytearray | memoryview
+HOST = platform.node() or "localhost"
+_counter = itertools.count()
+_ASIDE = re.compile(r"~(?P<host>[^~]+)~(?P<pid>\d+)-\d+\.tmp$")
+
+
+def _aside(path: Path) -> Path:
+    """Name what becomes `path`: unlike that of any other thread, process or host that writes there."""
+    return path.with_name(f".{path.name}~{HOST}~{os.getpid()}-{next(_counter)}.tmp")
+
+
+def is_running(host: str, pid: int) -> bool:
+    """Say whether a process may be alive: one of another host may, one of this host is looked up."""
+    if host != HOST:
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def remove_leftovers(folder: Path, older_than: float = 86_400.0) -> None:
+    """Delete what killed writers left half written below `folder`: of dead processes here, or `older_than` seconds old."""
+    for path in folder.rglob(".*.tmp"):
+        writer = _ASIDE.search(path.name)
+        with contextlib.suppress(FileNotFoundError):
+            abandoned = time.time() - path.stat().st_mtime > older_than
+            if abandoned or writer is None or not is_running(writer["host"], int(writer["pid"])):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -40,9 +76,12 @@ def full_disk_is_input(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_atomic(path: Path, *parts: Payload) -> None:
-    """Write `parts` one after another to `path`, so that a reader or a crash sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomic(path: Path, *parts: Payload, sync: bool = True) -> None:
+    """Write `parts` one after another to `path`, so that a reader or a crash sees the old file or the new one.
+
+    `sync=False` leaves it to the caller to `sync_folder` once for many files: until then a power cut may undo the rename.
+    """
+    aside = _aside(path)
     with full_disk_is_input(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -54,7 +93,8 @@ def write_atomic(path: Path, *parts: Payload) -> None:
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        if sync:
+            sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,9 +110,7 @@ def write_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 @contextmanager
 def folder_aside(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it replaces `path`, on failure it is removed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = aside.with_suffix(".old")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, old = _aside(path), _aside(path)
     with full_disk_is_input(path):
         aside.mkdir(parents=True)
         try:

@@ -1,17 +1,15 @@
 """The activation store: a Zarr v3 group of tokens and, per hook, one (row, d) array; row = token.
 
-Layout (docs/store.md): `tokens` and `documents` are (sequence, context) int32; `<hook>/activations` is (row, d), where
-row i is token i of the flattened `tokens`. One uncompressed chunk is one file, payload then crc32c, so a chunk can be
-memory-mapped; any Zarr v3 reader opens the group without this code. bfloat16 is stored as its bit pattern in a uint16
-array with the attribute dtype = "bfloat16", because zarr-python has no bfloat16 (docs/decisions/0001).
+Layout (docs/store.md): `tokens`, `documents` and `offsets` are (sequence, context) int32; `<hook>/activations` is (row, d),
+where row i is token i of the flattened `tokens`. One uncompressed chunk is one file, payload then crc32c; any Zarr v3
+reader opens the group without this code. Beside the activations lie `norms` (row,), `scales` (row,) for int8, and
+`checksums`: the crc32c of every block of `block_rows` rows, so that a small read is verified like a whole chunk.
 """
 
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,145 +17,54 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from activation_store.errors import InputError, first_line
-from activation_store.files import sync_folder, write_atomic, write_json
+from activation_store.arrays import Array, Table, bytes_of, crc32c, new_table, read_metadata
+from activation_store.batches import Batches
+from activation_store.dtypes import ON_DISK, TORCH, Rows, decode
+from activation_store.errors import InputError
+from activation_store.folders import Folder, LocalFolder, folder_at
+from activation_store.layout import SCHEMA, array_metadata, group_metadata
+from activation_store.shuffle import Ints, Room
+from activation_store.statistics import HookStatistics
 
-SCHEMA = 1
-_DISK_DTYPE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
-_TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IntRows = Sequence[int] | NDArray[np.integer[Any]] | slice
-
-
-@dataclass(frozen=True)
-class HookStatistics:
-    """Moments of one hook's activations over all rows that are not special tokens.
-
-    `mean` is (d,); `mean_norm` = E||x||; `mean_square_norm` = E||x||^2; `max_norm` = max ||x||; `rows` counts them.
-    """
-
-    rows: int
-    mean: NDArray[np.float64]
-    mean_norm: float
-    mean_square_norm: float
-    max_norm: float
-
-
-@dataclass(frozen=True)
-class _Array:
-    """One raw chunked array on disk: (n, width), chunks of `rows` whole rows, each a file of payload + 4-byte crc32c."""
-
-    folder: Path
-    shape: tuple[int, int]
-    rows: int
-    disk_dtype: np.dtype[Any]
-    dtype: str
-
-    @classmethod
-    def open(cls, folder: Path) -> "_Array":
-        meta = _read_metadata(folder / "zarr.json")
-        try:
-            codecs = [codec["name"] for codec in meta["codecs"]]
-            chunk = meta["chunk_grid"]["configuration"]["chunk_shape"]
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{folder}: not an array of a store ({first_line(error)}); harvest again") from error
-        if codecs != ["bytes", "crc32c"] or chunk[1] != meta["shape"][1]:
-            raise InputError(
-                f"{folder}: chunks {chunk} with codecs {codecs} are not this store's layout (whole rows, bytes + crc32c); "
-                "rewrite the array with ActivationStore.create"
-            )
-        disk = np.dtype(meta["data_type"])
-        return cls(folder, tuple(meta["shape"]), chunk[0], disk, meta["attributes"].get("dtype", disk.name))
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.shape[0] // self.rows)
-
-    def path(self, chunk: int) -> Path:
-        return self.folder / "c" / str(chunk) / "0"
-
-    def write(self, chunk: int, values: NDArray[Any]) -> None:
-        """Commit one chunk: `values` is (rows of this chunk, width); the last chunk is padded with zeros on disk."""
-        import google_crc32c
-
-        full = values
-        if len(values) < self.rows:
-            full = np.zeros((self.rows, self.shape[1]), self.disk_dtype)
-            full[: len(values)] = values
-        payload = np.ascontiguousarray(full, self.disk_dtype).tobytes()  # google_crc32c takes nothing but bytes
-        crc = google_crc32c.value(payload)
-        write_atomic(self.path(chunk), payload, crc.to_bytes(4, "little"))
-
-    @cached_property
-    def _maps(self) -> dict[int, NDArray[Any]]:
-        return {}
-
-    def chunk(self, index: int) -> NDArray[Any]:
-        """Return chunk `index` as a read-only memory map of shape (rows, width)."""
-        if index not in self._maps:
-            expected = self.rows * self.shape[1] * self.disk_dtype.itemsize + 4
-            path = self.path(index)
-            size = path.stat().st_size if path.exists() else 0
-            if size != expected:
-                raise InputError(f"{path}: {size} bytes, expected {expected}: the chunk is missing or cut off; harvest again")
-            self._maps[index] = np.memmap(path, self.disk_dtype, "r", shape=(self.rows, self.shape[1]))
-        return self._maps[index]
-
-    def gather(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return the given rows, in the order given, as (len(rows), width) in the on-disk dtype."""
-        out = np.empty((len(rows), self.shape[1]), self.disk_dtype)
-        order = np.argsort(rows, kind="stable")  # visit each chunk once, each in ascending order
-        wanted = rows[order]
-        chunk_of = wanted // self.rows
-        starts: list[int] = np.flatnonzero(np.r_[True, chunk_of[1:] != chunk_of[:-1]]).tolist() if len(rows) else []
-        for begin, end in itertools.pairwise([*starts, len(rows)]):
-            index = int(chunk_of[begin])
-            out[order[begin:end]] = self.chunk(index)[wanted[begin:end] - index * self.rows]
-        return out
-
-    def slice(self, start: int, stop: int) -> NDArray[Any]:
-        """Return rows start..stop without an index array: whole stretches of each chunk."""
-        parts = []
-        for index in range(start // self.rows, -(-stop // self.rows)):
-            base = index * self.rows
-            parts.append(self.chunk(index)[max(start - base, 0) : min(stop - base, self.rows)])
-        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.disk_dtype)
-
-
-def _read_metadata(file: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as Zarr metadata ({first_line(error)}); harvest again") from error
-    if not isinstance(meta, dict):
-        raise InputError(f"{file}: holds no Zarr metadata; harvest again")
-    return meta
+Place = str | os.PathLike[str] | Folder
 
 
 class ActivationStore:
     """Tokens and, row by row aligned with them, the activations of one or several hooks.
 
-    Open a finished store with `ActivationStore.open(path)`. Attributes: `hooks` (names), `tokens` and `documents`
-    ((sequence, context) int32), `attrs` (model, tokenizer, dataset and split facts), `context`, `rows`.
+    Open a finished store with `ActivationStore.open(path)`, a folder or an fsspec URL. Attributes: `hooks` (names),
+    `tokens`, `documents` and `offsets` ((sequence, context) int32), `attrs` (model, tokenizer, dataset and split facts),
+    `context`, `rows`, `block_rows`.
     """
 
-    def __init__(self, path: Path) -> None:
+    in_background = True
+    norms_known = True
+
+    def __init__(self, path: Place) -> None:
         """Read the metadata under `path`; use `open`, which also refuses an unfinished store."""
-        meta_file = path / "zarr.json"
-        if not meta_file.exists():
-            raise InputError(f"{path}: no activation store there (no zarr.json); run `monosem harvest` first")
-        self.path = path
-        self.attrs: dict[str, Any] = _read_metadata(meta_file).get("attributes", {})
+        self.folder = folder_at(path)
+        if self.folder.size("zarr.json") is None:
+            raise InputError(f"{self.folder}: no activation store there (no zarr.json); run `monosem harvest` first")
+        self.attrs: dict[str, Any] = read_metadata(self.folder, "zarr.json").get("attributes", {})
         if self.attrs.get("schema") != SCHEMA:
-            raise InputError(f"{path}: store schema {self.attrs.get('schema')!r}, this version reads {SCHEMA}")
+            schema = self.attrs.get("schema")
+            newer = isinstance(schema, int) and schema > SCHEMA
+            mend = "update monosem" if newer else "harvest again, or name a folder that monosem wrote"
+            raise InputError(f"{self.folder}: store schema {schema!r}, this version reads {SCHEMA}; {mend}")
         self.hooks: list[str] = list(self.attrs["hooks"])
-        self._tokens = _Array.open(path / "tokens")
-        self._documents = _Array.open(path / "documents")
-        self._arrays = {hook: _Array.open(path / hook / "activations") for hook in self.hooks}
+        self._sequences = {name: Table(Array.open(self.folder, name)) for name in self.attrs["sequence_arrays"]}
+        self._arrays: dict[str, Array] = {}
+        self._tables: dict[str, dict[str, Table]] = {}
+        for hook in self.hooks:
+            array = self._arrays[hook] = Array.open(self.folder, f"{hook}/activations")
+            beside = ("norms", "checksums", *(("scales",) if array.attributes["dtype"] == "int8" else ()))
+            self._tables[hook] = {name: Table(Array.open(self.folder, f"{hook}/{name}")) for name in beside}
 
     @classmethod
-    def open(cls, path: str | Path) -> "ActivationStore":
+    def open(cls, path: Place) -> "ActivationStore":
         """Open a finished store. Raises InputError where there is none, or where its harvest has not finished."""
-        store = cls(Path(path))
+        store = cls(path)
         if not store.attrs.get("complete"):
             raise InputError(f"{path}: the harvest is unfinished; run the same `monosem harvest` again to finish it")
         return store
@@ -165,62 +72,76 @@ class ActivationStore:
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        path: Place,
         tokens: NDArray[np.int32],
         documents: NDArray[np.int32],
         hooks: Mapping[str, int],
         *,
+        offsets: NDArray[np.int32] | None = None,
         dtype: str = "bfloat16",
         shard_sequences: int = 128,
         attributes: Mapping[str, Any] | None = None,
     ) -> "ActivationStore":
         """Lay out a new store with its tokens written and its activations still missing.
 
-        tokens, documents: (sequence, context) int32, equal shapes. hooks: name -> d. dtype: float32, float16 or bfloat16.
-        A shard is `shard_sequences` token rows: one chunk file a hook, the unit of work that `write_shard` commits.
-        `attributes` should hold `special_token_ids` and `train_sequences` (rows from there on are held out).
+        tokens, documents, offsets: (sequence, context) int32, equal shapes; document -1 marks padding. hooks: name -> d.
+        dtype: float32, float16, bfloat16 or int8. A shard is `shard_sequences` token rows: one chunk file an array, the
+        unit of work that `write_shard` commits. `attributes` should hold `special_token_ids` and `train_sequences`
+        (rows from there on are held out). The group's own metadata comes last: where it stands, the layout is whole.
         """
-        import zarr
-        from zarr.codecs import Crc32cCodec
-
-        path = Path(path)
-        if tokens.shape != documents.shape or tokens.ndim != 2 or not tokens.size:
-            raise InputError(f"tokens {tokens.shape} and documents {documents.shape} must be equal (sequence, context)")
-        if dtype not in _DISK_DTYPE:
-            raise InputError(f"harvest.dtype: {dtype!r} given; allowed: {', '.join(_DISK_DTYPE)}")
-        if path.exists() and not (path / "zarr.json").exists() and any(path.iterdir()):
-            raise InputError(f"{path}: not empty and no store; a new store would delete what is there: name another folder")
+        folder = folder_at(path)
+        given = {"tokens": tokens, "documents": documents, **({"offsets": offsets} if offsets is not None else {})}
+        if tokens.ndim != 2 or not tokens.size or any(values.shape != tokens.shape for values in given.values()):
+            shapes = ", ".join(f"{name} {values.shape}" for name, values in given.items())
+            raise InputError(f"{shapes}: must be equal (sequence, context) and not empty")
+        if dtype not in ON_DISK:
+            raise InputError(f"harvest.dtype: {dtype!r} given; allowed: {', '.join(ON_DISK)}")
+        ours = folder.size("zarr.json") is not None or folder.beside(".journal").names()
+        if not ours and isinstance(folder, LocalFolder) and folder.path.exists() and any(folder.path.iterdir()):
+            raise InputError(f"{folder}: not empty and no store; a new store would delete what is there: name another folder")
+        folder.remove_all()
         sequences, context = tokens.shape
         shard = min(shard_sequences, sequences)
-        group = zarr.create_group(path, overwrite=True, zarr_format=3)
-        codec = Crc32cCodec()
-        for name in ("tokens", "documents"):
-            group.create_array(name, shape=tokens.shape, chunks=(shard, context), dtype="int32", compressors=[codec])
-        for hook, width in hooks.items():
-            group.create_group(hook).create_array(
-                "activations", shape=(sequences * context, width), chunks=(shard * context, width),
-                dtype=_DISK_DTYPE[dtype], compressors=[codec], attributes={"dtype": dtype},
-            )  # fmt: skip
         facts = {"special_token_ids": [], "train_sequences": sequences, **(attributes or {})}
-        group.attrs.update({**facts, "schema": SCHEMA, "hooks": list(hooks), "context": context, "complete": False})
-        store = cls(path)
-        for array, values in ((store._tokens, tokens), (store._documents, documents)):
+        metadata = group_metadata((sequences, context), list(given), hooks, dtype, shard, facts)
+        root = metadata.pop("zarr.json")
+        for name, data in metadata.items():
+            folder.write(name, data)
+        for name, values in given.items():
+            array = Array.open(folder, name)
             for chunk in range(array.chunks):
-                array.write(chunk, values[chunk * shard : (chunk + 1) * shard])
-        sync_folder(path)
-        return store
+                array.write(chunk, np.ascontiguousarray(values[chunk * shard : (chunk + 1) * shard], np.int32))
+            array.sync(0)
+        folder.write("zarr.json", root)
+        return cls(folder)
 
     # What is in it
 
     @property
+    def path(self) -> Any:
+        """The folder as a Path, or the URL of a remote store."""
+        return self.folder.path if isinstance(self.folder, LocalFolder) else str(self.folder)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(sequences, context)."""
+        shape = self._sequences["tokens"].array.shape
+        return shape[0], shape[1]
+
+    @property
     def context(self) -> int:
         """Tokens a row of `tokens`."""
-        return self._tokens.shape[1]
+        return self.shape[1]
 
     @property
     def rows(self) -> int:
         """Activation rows a hook: sequences x context, special tokens included."""
-        return self._tokens.shape[0] * self._tokens.shape[1]
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def block_rows(self) -> int:
+        """Rows a block: the unit that is read and verified at once."""
+        return int(self.attrs["block_rows"])
 
     @property
     def train_sequences(self) -> int:
@@ -233,163 +154,270 @@ class ActivationStore:
 
     def dtype(self, hook: str) -> str:
         """Return the dtype on disk of a hook's activations."""
-        return self._array(hook).dtype
+        return str(self._array(hook).attributes["dtype"])
 
-    @cached_property
+    @property
     def tokens(self) -> NDArray[np.int32]:
         """Token ids, (sequence, context)."""
-        return self._tokens.slice(0, self._tokens.shape[0])
+        return self._sequences["tokens"].whole()
 
-    @cached_property
+    @property
     def documents(self) -> NDArray[np.int32]:
-        """Index of the document each token comes from, (sequence, context); a change marks a document boundary."""
-        return self._documents.slice(0, self._documents.shape[0])
+        """Number of the source's record each token comes from, (sequence, context); -1 is padding."""
+        return self._sequences["documents"].whole()
+
+    @property
+    def offsets(self) -> NDArray[np.int32]:
+        """Character of its document at which each token starts, (sequence, context); -1 where the tokenizer cannot say."""
+        if "offsets" not in self._sequences:
+            raise InputError(f"{self.folder}: was written without offsets; pass them to ActivationStore.create")
+        return self._sequences["offsets"].whole()
 
     @cached_property
     def special(self) -> NDArray[np.bool_]:
-        """Mark special tokens, (sequence, context): stored, and left out when batches are drawn."""
-        return np.isin(self.tokens, self.attrs["special_token_ids"])
+        """Mark special tokens and padding, (sequence, context): stored, and left out when batches are drawn."""
+        marks = new_table(self.shape, np.dtype(bool))
+        for shard in range(self.shards):
+            where = self.shard_sequences(shard)
+            marks[where] = self.special_of(shard)
+        return marks
+
+    def special_of(self, shard: int) -> NDArray[np.bool_]:
+        """Mark special tokens and padding of one shard, (sequence, context)."""
+        tokens, documents = (self.sequence_array(name, shard) for name in ("tokens", "documents"))
+        return np.isin(tokens, self.attrs["special_token_ids"]) | (documents < 0)
+
+    def sequence_array(self, name: str, shard: int) -> NDArray[np.int32]:
+        """Return one shard of "tokens", "documents" or "offsets", (sequence, context)."""
+        return self._sequences[name].load(np.array([shard]))[self.shard_sequences(shard)]
+
+    def norms(self, hook: str, shard: int | None = None) -> NDArray[np.float32]:
+        """Return ||x|| of every row, or of one shard's rows, (row,)."""
+        self._array(hook)
+        table = self._tables[hook]["norms"]
+        if shard is None:
+            return table.whole()
+        where = self.shard_sequences(shard)
+        return table.load(np.array([shard]))[where.start * self.context : where.stop * self.context]
+
+    def loud(self, limits: Mapping[str, float], rows: Ints) -> NDArray[np.bool_]:
+        """Mark the rows whose norm is above a hook's limit."""
+        found: NDArray[np.bool_] = np.zeros(len(rows), bool)
+        for hook, limit in limits.items():
+            found |= ~(self.norms(hook)[rows] <= limit)
+        return found
+
+    def norm_limit(self, hook: str, multiple: float) -> float:
+        """Return `multiple` times the median norm of the hook: what is above it counts as an outlier."""
+        return multiple * self.statistics(hook).median_norm
 
     def statistics(self, hook: str) -> HookStatistics:
         """Return the moments of `hook` that the harvest computed while writing."""
         self._array(hook)
         facts = dict(self.attrs["statistics"][hook])
-        return HookStatistics(mean=np.array(facts.pop("mean")), **facts)
+        covariance = None
+        if facts.pop("covariance"):
+            covariance = Array.open(self.folder, f"{hook}/covariance").chunk(0)
+        facts |= {name: np.array(facts[name]) for name in ("mean", "variance", "norm_histogram")}
+        return HookStatistics(**facts, covariance=covariance)
 
-    def _array(self, hook: str) -> _Array:
+    def _array(self, hook: str) -> Array:
         if hook not in self._arrays:
-            raise InputError(f"hook {hook!r} is not in {self.path}; it holds: {', '.join(self.hooks)}")
+            raise InputError(f"hook {hook!r} is not in {self.folder}; it holds: {', '.join(self.hooks)}")
         return self._arrays[hook]
 
     # Reading
 
     def read(self, hook: str, rows: IntRows) -> Tensor:
-        """Return activations of the given rows (slice or integers, any order), (row, d) float32."""
-        array = self._array(hook)
+        """Return activations of the given rows (slice or integers, any order), (row, d) float32, each block verified.
+
+        Raises InputError for rows outside the store and for damaged chunks.
+        """
+        total = self._array(hook).shape[0]
         if isinstance(rows, slice):
-            start, stop, step = rows.indices(array.shape[0])
-            raw = array.slice(start, stop) if step == 1 else array.gather(np.arange(start, stop, step))
+            index = np.arange(*rows.indices(total))
         else:
             index = np.asarray(rows)
             if index.ndim != 1 or (index.size and index.dtype.kind not in "iu"):
                 raise InputError(f"rows: {index.dtype} of shape {index.shape} given; give a slice or a list of row numbers")
             index = index.astype(np.int64)
-            if len(index) and (index.min() < -array.shape[0] or index.max() >= array.shape[0]):
-                raise InputError(f"rows {index.min()}..{index.max()} are outside this store's {array.shape[0]} rows")
-            raw = array.gather(np.where(index < 0, index + array.shape[0], index))
-        return torch.from_numpy(raw).view(_TORCH_DTYPE[array.dtype]).float()
+            if len(index) and (index.min() < -total or index.max() >= total):
+                raise InputError(f"rows {index.min()}..{index.max()} are outside this store's {total} rows")
+            index = np.where(index < 0, index + total, index)
+        out = np.empty((len(index), self.width(hook)), np.float32)
+        for start in range(0, len(index), 1 << 16):  # a piece at a time: blocks of scattered rows take far more than the rows
+            part = slice(start, start + (1 << 16))
+            blocks, of = np.unique(self.block_of(index[part]), return_inverse=True)
+            raw = np.empty((len(blocks) * self.block_rows, out.shape[1]), ON_DISK[self.dtype(hook)])
+            scales = np.empty(len(raw), np.float32) if self.dtype(hook) == "int8" else None
+            self.fill(blocks, {hook: (raw, scales)})
+            at = of * self.block_rows + index[part] - self.block_start(blocks)[of]
+            decode(raw[at], self.dtype(hook), scales[at] if scales is not None else None, out[part])
+        return torch.from_numpy(out)
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a full shard."""
+        return self._sequences["tokens"].array.rows * self.context
+
+    @property
+    def shard_blocks(self) -> int:
+        """Blocks a shard is cut into; its last one, and blocks past the store's end, may hold fewer rows or none."""
+        return -(-self.shard_rows // self.block_rows)
+
+    def block_of(self, rows: Ints) -> Ints:
+        """Return the block that each row is in: blocks start anew with each shard."""
+        return rows // self.shard_rows * self.shard_blocks + rows % self.shard_rows // self.block_rows
+
+    def block_start(self, blocks: Ints) -> Ints:
+        """Return the first row of each block."""
+        return blocks // self.shard_blocks * self.shard_rows + blocks % self.shard_blocks * self.block_rows
+
+    def fill(self, blocks: Ints, into: Mapping[str, Room]) -> None:
+        """Fill, for each hook, raw (len(blocks) * block_rows, d) with whole blocks, ascending, as they lie on disk.
+
+        An int8 hook's scales (len(blocks) * block_rows,) too. Every block is held against its checksum. Rows past the end
+        of a short block are left as they were.
+        """
+        for hook, (raw, scales) in into.items():
+            self._fill(hook, blocks, raw, scales)
+
+    def _fill(self, hook: str, blocks: Ints, raw: NDArray[Any], scales: NDArray[np.float32] | None) -> None:
+        array, size = self._array(hook), self.block_rows
+        starts = self.block_start(blocks)
+        ends = np.minimum((starts // self.shard_rows + 1) * self.shard_rows, array.shape[0])
+        counts = np.clip(ends - starts, 0, size)
+        checks = self._tables[hook]["checksums"].load(np.unique(blocks // self.shard_blocks))[blocks].tolist()
+        data, step = bytes_of(raw), array.row_bytes
+        views = [data[k * size * step : (k * size + n) * step] for k, n in enumerate(counts.tolist())]
+        # Neighbours on disk are neighbours in `raw` too: one read fetches a run of them.
+        joined = (np.diff(blocks) == 1) & (np.diff(starts) == size) & (blocks[1:] % self.shard_blocks != 0)
+        first = np.flatnonzero(np.r_[True, ~joined][: len(blocks)])
+        last = np.r_[first[1:], len(blocks)] - 1
+        filled = np.r_[0, np.cumsum(counts)]
+        runs = zip(first.tolist(), (filled[last + 1] - filled[first]).tolist(), strict=True)
+        array.read_many([(int(starts[a]), data[a * size * step :][: n * step]) for a, n in runs if n])
+        for k, (view, expected) in enumerate(zip(views, checks, strict=True)):
+            if len(view) and crc32c(view) != expected:
+                row = int(starts[k])
+                raise array.damage(row // self.shard_rows, f"one of the {counts[k]} rows from {row} on was changed")
+        if scales is not None:
+            table = self._tables[hook]["scales"].load(np.unique(blocks // self.shard_blocks))
+            at = starts[:, None] + np.arange(size)
+            scales[:] = table[np.minimum(at, array.shape[0] - 1)].reshape(-1)
 
     def batches(
         self,
-        hook: str,
+        hook: str | Sequence[str],
         batch_size: int = 2048,
         seed: int = 0,
         start: int = 0,
         *,
         epochs: int | None = 1,
         split: str = "train",
-    ) -> "Batches":
-        """Return shuffled batches of `hook`, special tokens out: an iterable of (batch, d) float32 tensors.
+        memory_mb: float = 1024,
+        max_norm_multiple: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> Batches:
+        """Return shuffled batches of `hook`, special tokens and padding out: an iterable of (batch, d) float32 tensors.
 
-        The rows of all epochs form one endless stream, each epoch a fresh permutation that is a pure function of
-        (seed, epoch); batch n is rows n*batch_size... of it, whether or not reading started there. `epochs=None` never
-        ends; otherwise the last batch may be short. `split` is "train" or "held_out". Memory: 8 bytes a row.
+        With several hooks each item is a tuple of such tensors, row by row of the same tokens. The rows of all epochs form
+        one endless stream, each epoch a permutation that is a pure function of (seed, epoch), given the store, the hooks
+        and `memory_mb`; batch n is rows n*batch_size... of it, whether or not reading started there. `epochs=None` never
+        ends; otherwise the last batch may be short. `split` is "train" or "held_out".
+
+        memory_mb bounds what is held for mixing (docs/store.md, "Shuffling"; `Batches.quality` measures it).
+        max_norm_multiple leaves out rows whose norm is above that multiple of the hook's median norm (attention sinks).
+        Reading runs ahead in the background; `device` says where batches shall be (CUDA: by pinned, asynchronous copies).
         """
-        if split not in ("train", "held_out"):
-            raise InputError(f"split: {split!r} given; allowed: train, held_out")
-        limits = (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0), ("epochs", epochs or 0, 0))
-        for name, value, least in limits:
-            if value < least:
-                raise InputError(f"{name}: {value} given; must be at least {least}")
-        border = self.train_sequences * self.context
-        kept = np.flatnonzero(~self.special.reshape(-1))
-        kept = kept[kept < border] if split == "train" else kept[kept >= border]
-        if not len(kept):
-            raise InputError(f"{self.path}: no row to draw in split {split!r} (all special tokens, or the split is empty)")
-        self._array(hook)
-        return Batches(self, hook, kept, batch_size, seed, start, epochs)
+        hooks = (hook,) if isinstance(hook, str) else tuple(hook)
+        for name in hooks:
+            self._array(name)
+        return Batches(
+            self, hooks, isinstance(hook, str), batch_size=batch_size, seed=seed, start=start, epochs=epochs, split=split,
+            memory_mb=memory_mb, max_norm_multiple=max_norm_multiple, device=device,
+        )  # fmt: skip
 
     # Writing, shard by shard
 
     @property
     def shards(self) -> int:
-        """Units of work: one chunk a hook each."""
-        return self._tokens.chunks
+        """Units of work: one chunk an array each."""
+        return self._sequences["tokens"].array.chunks
 
     def shard_sequences(self, shard: int) -> slice:
         """Return the sequences of one shard."""
-        size = self._tokens.rows
-        return slice(shard * size, min((shard + 1) * size, self._tokens.shape[0]))
+        size = self._sequences["tokens"].array.rows
+        return slice(shard * size, min((shard + 1) * size, self.shape[0]))
 
-    def write_shard(self, shard: int, activations: Mapping[str, Tensor]) -> None:
-        """Commit one shard, (row, d) a hook on the CPU in the store's dtype. Written aside, fsynced, renamed."""
-        for hook, values in activations.items():
-            array = self._array(hook)
-            if values.dtype != _TORCH_DTYPE[array.dtype]:
-                raise TypeError(f"{hook}: {values.dtype} given to a {array.dtype} array")
-            span = self.shard_sequences(shard)
+    def shard_arrays(self) -> list[Array]:
+        """Return the arrays that `write_shard` writes a chunk of."""
+        beside = [table.array for tables in self._tables.values() for table in tables.values()]
+        return [*self._arrays.values(), *beside]
+
+    def sequence_arrays(self) -> list[Array]:
+        """Return the arrays that `create` writes: tokens, documents, offsets."""
+        return [table.array for table in self._sequences.values()]
+
+    def write_shard(self, shard: int, activations: Mapping[str, Tensor | Rows]) -> None:
+        """Commit one shard: (row, d) a hook, in the store's dtype (int8: floats, or encoded `Rows`). Durable on return."""
+        span = self.shard_sequences(shard)
+        for hook, given in activations.items():
+            array, dtype = self._array(hook), self.dtype(hook)
+            if isinstance(given, Tensor) and given.dtype != TORCH[dtype] and not (dtype == "int8" and given.is_floating_point()):
+                raise TypeError(f"{hook}: {given.dtype} given to a {dtype} array")
+            shape = given.shape if isinstance(given, Tensor) else given.raw.shape
             expected = ((span.stop - span.start) * self.context, array.shape[1])
-            if tuple(values.shape) != expected:
-                raise ValueError(f"{hook}: {tuple(values.shape)} given for shard {shard}, which is {expected}")
-            raw = values.contiguous().view(torch.uint16) if array.dtype == "bfloat16" else values.contiguous()
-            array.write(shard, raw.numpy())
+            if tuple(shape) != expected:
+                raise ValueError(f"{hook}: {tuple(shape)} given for shard {shard}, which is {expected}")
+            rows = Rows.of(given, dtype) if isinstance(given, Tensor) else given
+            raw = rows.raw.contiguous()
+            values = (raw.view(torch.uint16) if dtype == "bfloat16" else raw).numpy()
+            beside = {"norms": rows.norms.numpy(), "checksums": self.block_checksums(values)}
+            if rows.scales is not None:
+                beside["scales"] = rows.scales.numpy()
+            array.write(shard, values)
+            for name, table in self._tables[hook].items():
+                table.array.write(shard, beside[name])
+            for written in (array, *(table.array for table in self._tables[hook].values())):
+                written.sync(shard)
+
+    def checksums(self, hook: str, shard: int) -> NDArray[np.uint32]:
+        """Return the crc32c written for each block of a shard, (block,)."""
+        table = self._tables[hook]["checksums"].load(np.array([shard]))
+        return table[shard * self.shard_blocks : (shard + 1) * self.shard_blocks]
+
+    def block_checksums(self, values: NDArray[Any]) -> NDArray[np.uint32]:
+        """Return the crc32c of each block of a shard's rows as they lie on disk, (block,)."""
+        data = bytes_of(values)
+        step = self.block_rows * values.shape[1] * values.itemsize
+        found = np.zeros(self.shard_blocks, np.uint32)
+        for block, start in enumerate(range(0, len(data), step)):
+            found[block] = crc32c(data[start : start + step])
+        return found
 
     def finish(self, statistics: Mapping[str, HookStatistics]) -> None:
-        """Mark the store complete and keep the statistics in its attributes."""
-        as_json = {h: {**vars(s), "mean": s.mean.tolist()} for h, s in statistics.items()}
-        meta = json.loads((self.path / "zarr.json").read_text())
-        meta["attributes"].update(statistics=as_json, complete=True)
-        write_json(self.path / "zarr.json", meta)
+        """Mark the store complete and keep the statistics: covariances as arrays, the rest in its attributes."""
+        as_json = {}
+        for hook, found in statistics.items():
+            facts = dict(vars(found))
+            if found.covariance is not None:
+                side = found.covariance.shape[0]
+                self.folder.write(f"{hook}/covariance/zarr.json", array_metadata((side, side), "float32"))
+                Array.open(self.folder, f"{hook}/covariance").write(0, found.covariance)
+            facts["covariance"] = found.covariance is not None
+            as_json[hook] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in facts.items()}
+        self.change_attributes(statistics=as_json, complete=True)
+
+    def forget(self, shard: int) -> None:
+        """Read a shard's small arrays anew next time: its files are about to change."""
+        for table in (table for tables in self._tables.values() for table in tables.values()):
+            table.forget(shard)
+
+    def change_attributes(self, **facts: Any) -> None:
+        """Rewrite the group's attributes, atomically."""
+        meta = read_metadata(self.folder, "zarr.json")
+        meta["attributes"].update(facts)
+        text = json.dumps(meta, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        self.folder.write("zarr.json", text.encode())
         self.attrs = meta["attributes"]
-
-
-class Batches:
-    """Shuffled (batch, d) batches with exact seek; iterate it, as often as wanted. Made by `ActivationStore.batches`."""
-
-    def __init__(
-        self, store: ActivationStore, hook: str, rows: NDArray[np.int64], batch_size: int, seed: int, start: int,
-        epochs: int | None,
-    ) -> None:  # fmt: skip
-        """Draw from `rows` of `hook`; see `ActivationStore.batches`."""
-        self.store, self.hook, self.batch_size, self.seed, self.start, self.epochs = (
-            store, hook, batch_size, seed, start, epochs,
-        )  # fmt: skip
-        self._rows = rows
-
-    def __len__(self) -> int:
-        """Count the batches from `start` on; an endless stream has no length."""
-        if self.epochs is None:
-            raise TypeError("an endless stream of batches has no length; pass epochs=1 for one epoch")
-        return max(0, -(-self.epochs * len(self._rows) // self.batch_size) - self.start)
-
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the rows of one epoch in the order they are drawn."""
-        return np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self._rows)
-
-    def row_numbers(self) -> Iterator[NDArray[np.int64]]:
-        """Yield the store rows of each batch, from batch `start` on."""
-        total = None if self.epochs is None else self.epochs * len(self._rows)
-        position = self.start * self.batch_size
-        epoch, order = -1, self._rows
-        while total is None or position < total:
-            end = position + self.batch_size if total is None else min(position + self.batch_size, total)
-            parts = []
-            while position < end:
-                if epoch != position // len(self._rows):
-                    epoch = position // len(self._rows)
-                    order = self.order(epoch)
-                offset = position - epoch * len(self._rows)
-                parts.append(order[offset : offset + end - position])
-                position += len(parts[-1])
-            yield parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def stream(self, start: int) -> Iterator[Tensor]:
-        """Yield batches `start`, `start` + 1, ... without end: what a trainer draws, and where it resumes."""
-        return iter(
-            Batches(self.store, self.hook, self._rows, self.batch_size, self.seed, start, epochs=None)
-        )
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield (batch, d) float32 tensors."""
-        for rows in self.row_numbers():
-            yield self.store.read(self.hook, rows)

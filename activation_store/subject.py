@@ -47,9 +47,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """Resolve "auto" to CUDA where there is one; raise InputError for a device that does not exist."""
+    """Resolve "auto" to CUDA where there is one (torchrun's LOCAL_RANK says which); InputError for one that does not exist."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = os.environ.get("LOCAL_RANK", "")
+        return torch.device("cuda", int(rank) % torch.cuda.device_count()) if rank.isdigit() else torch.device("cuda")
     try:
         torch.empty(0, device=name)
         return torch.device(name)

@@ -150,6 +150,56 @@ def steer(
         console.print(prompt + written, markup=False)
 
 
+store_app = typer.Typer(no_args_is_help=True, help="Look after an activation store: a folder, or an fsspec URL.")
+app.add_typer(store_app, name="store")
+StorePath = Annotated[str, typer.Argument(metavar="PATH", help="the store, such as runs/demo/activations or s3://bucket/store")]
+
+
+@store_app.command()
+def info(path: StorePath) -> None:
+    """Show what a store holds, how far it is, and how well its batches are mixed."""
+    from activation_store.check import info as store_info
+    from monosem.progress import console
+
+    for name, value in store_info(path).items():
+        text = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
+        console.print(f"{name.replace('_', ' '):<40} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+@store_app.command()
+def verify(path: StorePath) -> None:
+    """Hold every chunk and every block against its checksum. Exit code 2 where one does not match."""
+    from activation_store.check import verify as verify_store
+    from monosem.plan import human_bytes
+    from monosem.progress import console, progress_bar
+
+    with progress_bar("verify", "chunk") as bar:
+        found = verify_store(path, bar)
+    for fault in found.faults:
+        console.print(str(fault), markup=False, highlight=False, soft_wrap=True)
+    if found.faults:
+        raise InputError(f"{path}: {len(found.faults)} damaged chunks; `monosem store repair {path}` takes them out")
+    missing = found.shards - found.shards_done
+    part = f"; unfinished, {missing} shards are still to come" if missing else ""
+    console.print(f"[green]✓[/] {found.chunks:,} chunks, {human_bytes(found.bytes)}: all as written{part}")
+
+
+@store_app.command()
+def repair(path: StorePath) -> None:
+    """Take damaged chunks out, so that the same `monosem harvest` fills them in again, and them only."""
+    from activation_store.check import repair as repair_store
+    from monosem.progress import console, progress_bar
+
+    with progress_bar("verify", "chunk") as bar:
+        taken = repair_store(path, bar)
+    for fault in taken:
+        console.print(str(fault), markup=False, highlight=False, soft_wrap=True)
+    if taken:
+        console.print(f"{len(taken)} chunks taken out; run the same `monosem harvest` again: it fills in these, and no others")
+    else:
+        console.print("[green]✓[/] nothing to repair")
+
+
 def main() -> None:
     """Run the command line and turn errors into exit codes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from activation_store.errors import InputError
-from activation_store.harvest import hook_widths
+from activation_store.harvest import disk_bytes, hook_widths
 from activation_store.hooks import capture, locate_hooks
 from activation_store.subject import empty_subject_model, pick_device
 from monosem.config import RunConfig
@@ -19,7 +19,7 @@ from monosem.config import RunConfig
 if TYPE_CHECKING:
     from monosem.run import Run
 
-_ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ITEM = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def make_plan(config: RunConfig) -> Plan:
     to_hook = _forward_flops(model, context, lambda tokens: capture(model, sites, tokens))
     mask = torch.zeros((1, 1, context, context), device="meta")
     whole = _forward_flops(model, context, lambda tokens: model(input_ids=tokens, attention_mask=mask, use_cache=False))
-    row_bytes = sum(widths.values()) * _ITEM[config.harvest.dtype]
+    stored = min(rows, 2 * config.harvest.stored_tokens) if config.harvest.stream else rows
+    budget = int((config.harvest.disk_budget_gb or 0) * 1e9)
     sae_parameters = 2 * d_in * d_sae + d_sae + d_in
     train_tokens = config.train.steps * config.train.batch_size
     held_out = max(1, round(sequences * config.data.held_out))
@@ -83,19 +84,22 @@ def make_plan(config: RunConfig) -> Plan:
     examples = config.explain.train_top + config.explain.train_sampled
     encode = 2.0 * d_in * d_sae
 
+    streamed = to_hook * train_tokens if config.harvest.stream else 0.0
+
     def stage(name: str, tokens: int, disk: int, memory: int, flops: float, dtype: str) -> StagePlan:
         return StagePlan(name, tokens, disk, memory, flops, flops / rates[dtype])
 
     batch_bytes = config.train.batch_size * (d_sae * 3 + d_in * 4) * 4
     stages = (
-        stage("harvest", rows, rows * (row_bytes + 8), model_bytes + int(2 * config.harvest.shard_mb * 1e6 * len(widths)),
-              to_hook * rows, config.model.dtype),
-        stage("train", train_tokens, sae_parameters * 4 * (1 + 2 * 3), sae_parameters * 16 + batch_bytes + rows * 8,
-              12.0 * d_in * d_sae * train_tokens, config.train.compute_dtype),
+        stage("harvest", stored, disk_bytes(widths, config.harvest, stored),
+              model_bytes + int(2 * config.harvest.shard_mb * 1e6 * len(widths)), to_hook * stored, config.model.dtype),
+        stage("train", train_tokens, sae_parameters * 4 * (1 + 2 * 3) + budget,
+              sae_parameters * 16 + batch_bytes + int(config.train.shuffle_mb * (1 << 20)) + rows // 8,
+              12.0 * d_in * d_sae * train_tokens + streamed, config.train.compute_dtype),
         stage("evaluate", held_out * context + ce_tokens, 1 << 16, model_bytes + sae_parameters * 4,
               whole * ce_tokens + 2 * encode * held_out * context, config.model.dtype),
-        stage("explain", rows, d_sae * (68 * 8), sae_parameters * 4 + 4096 * d_sae * 8 + d_sae * examples * 2 * 16,
-              encode * rows, "float32"),
+        stage("explain", stored, d_sae * (68 * 8), sae_parameters * 4 + 4096 * d_sae * 8 + d_sae * examples * 2 * 16,
+              encode * stored, "float32"),
         stage("report", config.steer.features * config.steer.tokens, 4 << 20, model_bytes + sae_parameters * 4,
               whole * config.steer.features * config.steer.tokens, config.model.dtype),
     )  # fmt: skip

@@ -5,7 +5,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,8 +17,10 @@ from typing import Any
 import yaml
 from rich.markup import escape
 
+from activation_store.claims import Claims
 from activation_store.errors import InputError
 from activation_store.files import write_atomic, write_json
+from activation_store.folders import LocalFolder
 from activation_store.store import ActivationStore
 from activation_store.subject import Subject, load_subject
 from monosem.config import RunConfig, load_config
@@ -29,13 +32,17 @@ _PACKAGES = ("monosem", "torch", "transformers", "transformer_lens", "datasets",
 
 @dataclass(frozen=True)
 class Stage:
-    """One step: the config sections it reads, the stages whose results it reads, what it leaves, and its work."""
+    """One step: the config sections it reads, the stages whose results it reads, what it leaves, and its work.
+
+    `intact` says whether a result that the manifest calls done is still whole.
+    """
 
     name: str
     sections: tuple[str, ...]
     after: tuple[str, ...]
     outputs: tuple[str, ...]
     work: Callable[["Run"], dict[str, Any]]
+    intact: Callable[["Run"], bool] = lambda run: True
 
 
 class Run:
@@ -120,7 +127,7 @@ class Run:
     def finished(self, stage: Stage, stages: dict[str, Stage], states: tuple[str, ...] = ("done",)) -> bool:
         """Say whether a stage is done with just these settings."""
         state = self.manifest().get("stages", {}).get(stage.name, {})
-        return state.get("state") in states and state.get("key") == self.key(stage, stages)
+        return state.get("state") in states and state.get("key") == self.key(stage, stages) and stage.intact(self)
 
     def do(self, stage: Stage, stages: dict[str, Stage]) -> None:
         """Run one stage unless it is done; results of other settings are moved to previous/, never deleted.
@@ -134,25 +141,35 @@ class Run:
                 why = "has not finished" if before["key"] == self.key(stages[name], stages) else "was made with other settings"
                 raise InputError(f"{stage.name}: {name} in {self.folder} {why}; run `monosem {name}` with this config first")
         key = self.key(stage, stages)
-        states = self.manifest().get("stages", {})
-        state = states.get(stage.name)
-        if self.finished(stage, stages):
-            console.print(f"[green]✓[/] {stage.name:<9} done already, {state['finished']}: {_figures(state['figures'])}")
-            return
-        if state is not None and state["key"] != key:
-            self._set_aside(stage, state["key"])
-        self.begin()
-        self._mark(stage, {"state": "begun", "key": key})
+        with self._alone():  # several processes may harvest at once; one of them moves old results away and says so
+            state = self.manifest().get("stages", {}).get(stage.name)
+            if state is not None and self.finished(stage, stages):
+                console.print(f"[green]✓[/] {stage.name:<9} done already, {state['finished']}: {_figures(state['figures'])}")
+                return
+            if state is not None and state["key"] != key:
+                self._set_aside(stage, state["key"])
+            self.begin()
+            self._mark(stage, {"state": "begun", "key": key})
         start = time.perf_counter()
         figures = stage.work(self)
         seconds = time.perf_counter() - start
         incomplete = figures.pop("incomplete", False)  # parts failed: good enough to go on with, tried again next time
-        self._mark(stage, {
-            "state": "incomplete" if incomplete else "done", "key": key, "seconds": round(seconds, 2), "figures": figures,
-            "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        })  # fmt: skip
+        with self._alone():
+            self._mark(stage, {
+                "state": "incomplete" if incomplete else "done", "key": key, "seconds": round(seconds, 2), "figures": figures,
+                "finished": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+            })  # fmt: skip
         sign = "[yellow]![/]" if incomplete else "[green]✓[/]"
         console.print(f"{sign} {stage.name:<9} {seconds:,.0f} s: {_figures(figures)}")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes of this run from reading and writing the manifest meanwhile."""
+        folder = LocalFolder(self.folder / ".claims")
+        with Claims(folder, lease=30.0) as claims:
+            while not claims.take("manifest"):
+                time.sleep(0.05)
+            yield
 
     def _mark(self, stage: Stage, state: dict[str, Any]) -> None:
         self.note(stages={**self.manifest().get("stages", {}), stage.name: state})

@@ -10,6 +10,9 @@ from rich.markup import escape
 from activation_store.errors import InputError
 from activation_store.files import append_json_line, read_json_lines, write_atomic, write_json
 from activation_store.harvest import harvest
+from activation_store.live import stream_activations
+from activation_store.store import ActivationStore
+from activation_store.subject import pick_device
 from explain.backends.chat import ChatBackend
 from explain.client import check_server
 from explain.explain import explain
@@ -37,6 +40,8 @@ def _harvest(run: Run) -> dict[str, Any]:
         seconds = time.perf_counter() - start
     run.note(model=run.subject.facts(), data=store.attrs["data"], text_counts=store.attrs["text_counts"])
     figures: dict[str, Any] = {"tokens": store.rows, "tokens_per_second": store.rows / seconds}
+    if config.harvest.stream:
+        return {**figures, "stored": "a sample; training streams"}
     dropped = store.attrs["text_counts"]["empty_documents"]
     if dropped:
         figures["empty_documents_dropped"] = dropped
@@ -44,6 +49,11 @@ def _harvest(run: Run) -> dict[str, Any]:
         figures["tokens_asked"] = config.data.tokens
         console.print(f"[yellow]![/] the text ended after {store.rows:,} of {config.data.tokens:,} tokens")
     return figures
+
+
+def _store_is_whole(run: Run) -> bool:
+    """Say whether the harvest needs no work: `monosem store repair` may have taken chunks out. A deleted store stays deleted."""
+    return not run.activations.exists() or bool(ActivationStore(run.activations).attrs["complete"])
 
 
 def _train(run: Run) -> dict[str, Any]:
@@ -55,11 +65,24 @@ def _train(run: Run) -> dict[str, Any]:
         raise InputError(f"train.d_in: {config.train.d_in} given, but {hook} of {store.path} is {store.width(hook)} wide")
     import torch
 
+    source: Any = store
+    if config.harvest.stream:
+        with progress_bar("reading text") as text:
+            source = stream_activations(
+                run.subject, config.data, config.harvest, seed=config.seed, recycle_in=run.folder / "recycled",
+                text_progress=text,
+            )  # fmt: skip
+    outliers = config.train.max_norm_multiple
+    batches = source.batches(
+        hook, config.train.batch_size, config.train.seed, memory_mb=config.train.shuffle_mb, max_norm_multiple=outliers,
+        device=pick_device(config.train.device),
+    )  # fmt: skip
     with progress_bar("train") as bar:
         start = time.perf_counter()
-        sae = train(
-            store.batches(hook, config.train.batch_size, config.train.seed), config.train,
-            mean=torch.from_numpy(statistics.mean), mean_norm=statistics.mean_norm,
+        sae = train(  # without outliers, the store's moments are not those of the rows drawn: the first batch's are
+            batches, config.train,
+            mean=torch.from_numpy(statistics.mean) if outliers is None else None,
+            mean_norm=statistics.mean_norm if outliers is None else None,
             checkpoints=run.folder / "checkpoints", metrics=run.folder / "metrics.jsonl", progress=bar,
         )  # fmt: skip
         seconds = time.perf_counter() - start
@@ -75,8 +98,10 @@ def _train(run: Run) -> dict[str, Any]:
         write_atomic(run.folder / "plots" / f"{name}.png", png)
     tokens = config.train.steps * config.train.batch_size
     last = metrics[-1]
+    waiting = sum(line["waiting"] for line in metrics) / len(metrics)  # share of the time that no batch was ready
+    dropped = {f"left_out_{name}": count for name, count in batches.left_out.items() if count}
     return {
-        "tokens": tokens, "tokens_per_second": tokens / seconds, "l0": last["l0"],
+        "tokens": tokens, "tokens_per_second": tokens / seconds, "waiting": waiting, **dropped, "l0": last["l0"],
         "explained_variance": last["explained_variance"], "dead_fraction": last["dead_fraction"],
     }  # fmt: skip
 
@@ -238,8 +263,8 @@ def _output_tokens(run: Run, sae: SAE, scores: list[dict[str, Any]]) -> dict[str
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("harvest", ("model", "data", "harvest"), (), ("activations", "activations.journal"), _harvest),
-        Stage("train", ("train",), ("harvest",), ("sae", "checkpoints", "metrics.jsonl", "plots"), _train),
+        Stage("harvest", ("model", "data", "harvest"), (), ("activations", "activations.journal"), _harvest, _store_is_whole),
+        Stage("train", ("train",), ("harvest",), ("sae", "checkpoints", "metrics.jsonl", "plots", "recycled"), _train),
         Stage("evaluate", ("evaluate",), ("train",), ("evaluation.json",), _evaluate),
         Stage("explain", ("explain",), ("train",), ("explanations",), _explain),
         Stage("report", ("report", "steer"), ("evaluate", "explain"), ("report",), _report),

@@ -14,6 +14,8 @@ class TrainConfig(Section):
     `sparsity_norm` chooses the penalty: "decoder_norm" is l1_coefficient * sum_i f_i ||W_dec,i|| (April 2024),
     "unit_norm" is l1_coefficient * sum_i f_i with decoder rows held at norm 1 (Bricken et al. 2023).
     `hook` names the hook of the store to train on (default: its first); `d_in` and `model`-side facts come from there.
+    `shuffle_mb` is the memory that rows are mixed in (part of what fixes their order); `max_norm_multiple` leaves out rows
+    whose norm is above that multiple of the median norm, such as attention sinks.
     """
 
     architecture: Literal["standard"] = "standard"
@@ -26,6 +28,8 @@ class TrainConfig(Section):
     adam_betas: tuple[float, float] = (0.9, 0.999)
     steps: int = Field(ge=1)
     batch_size: int = Field(default=2048, ge=1)
+    shuffle_mb: float = Field(default=1024, gt=0)
+    max_norm_multiple: float | None = Field(default=None, gt=0)
     lr_warmup_fraction: float = Field(default=0.0, ge=0, le=1)
     lr_decay_fraction: float = Field(default=0.2, ge=0, le=1)
     l1_warmup_fraction: float = Field(default=0.05, ge=0, le=1)

@@ -76,7 +76,9 @@ def train(
     log = _MetricsLog(metrics, start, start * config.batch_size)
 
     for step in range(start, config.steps):
+        asked = time.perf_counter()
         x = first if step == start else next(stream)
+        log.waited += time.perf_counter() - asked
         x = x.to(device, non_blocking=True) * scale
         for group in optimizer.param_groups:
             group["lr"] = config.lr * learning_rate_factor(step, config)
@@ -170,6 +172,7 @@ class _MetricsLog:
         self.path, self.last = path, dict[str, float | None]()
         self._pending: tuple[int, int, list[str], Tensor, torch.cuda.Event | None, dict[str, float]] | None = None
         self._clock, self._tokens = time.perf_counter(), tokens
+        self.waited = 0.0  # seconds since the last logged step that the loop stood still for want of a batch
         if path is not None:  # drop what was logged after the checkpoint that we resume from
             kept = [line for line in read_json_lines(path) if line["step"] <= start]
             write_json_lines(path, kept)
@@ -177,15 +180,15 @@ class _MetricsLog:
     def add(self, step: int, tokens: int, figures: dict[str, Tensor], facts: dict[str, float]) -> None:
         self.flush()
         now = time.perf_counter()
-        rate = (tokens - self._tokens) / (now - self._clock)
-        self._clock, self._tokens = now, tokens
+        rate, waiting = (tokens - self._tokens) / (now - self._clock), self.waited / (now - self._clock)
+        self._clock, self._tokens, self.waited = now, tokens, 0.0
         values = torch.stack([value.float() for value in figures.values()])
         host = torch.empty(len(figures), pin_memory=values.is_cuda)
         host.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event() if values.is_cuda else None  # type: ignore[no-untyped-call]
         if arrived is not None:
             arrived.record()
-        self._pending = (step, tokens, list(figures), host, arrived, {**facts, "tokens_per_second": rate})
+        self._pending = (step, tokens, list(figures), host, arrived, {**facts, "tokens_per_second": rate, "waiting": waiting})
 
     def flush(self) -> None:
         if self._pending is None:

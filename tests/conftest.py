@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import importlib.util
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,18 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
         words = TOPICS[chance.choice(sorted(TOPICS))].split()
         texts.append(" ".join(chance.choice(words) for _ in range(chance.randint(4, 28))))
     return texts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Token rows go to a cache of the session's own; a GGUF converted before (12 s) is shared with the true one."""
+    shared = Path(os.environ.get("MONOSEM_CACHE", Path.home() / ".cache" / "monosem")) / "gguf"
+    shared.mkdir(parents=True, exist_ok=True)
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "gguf").symlink_to(shared.absolute())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MONOSEM_CACHE", str(cache))
+        yield
 
 
 @pytest.fixture(scope="session")

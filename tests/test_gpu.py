@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from activation_store import ActivationStore, DataConfig, HarvestConfig, ModelConfig
+from activation_store.harvest import harvest
+from activation_store.live import stream_activations
+from activation_store.subject import load_subject
 from sae import TrainConfig, train
 
 pytestmark = [
@@ -22,3 +26,53 @@ def test_training_on_cuda_stays_near_the_cpu(compute_dtype):
     x = batches[0]
     difference = (saes["cpu"](x) - saes["cuda"](x)).norm() / saes["cpu"](x).norm()
     assert float(difference) < (1e-3 if compute_dtype == "float32" else 5e-2)
+
+
+HOOKS = ("blocks.1.hook_resid_post", "blocks.1.attn.hook_z")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_batches_on_cuda_are_those_on_the_cpu(tmp_path, dtype):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 50, (400, 16), generator=generator).int().numpy()
+    store = ActivationStore.create(tmp_path / "store", tokens, tokens // 7, {"h": 24}, dtype=dtype, shard_sequences=50)
+    for shard in range(store.shards):
+        x = torch.randn((50 * 16, 24), generator=generator)
+        store.write_shard(shard, {"h": x if dtype == "int8" else x.to(getattr(torch, dtype))})
+    store.change_attributes(complete=True)
+    wanted = [x.clone() for x in store.batches("h", 256, seed=1, memory_mb=0.1, epochs=2)]
+    kept = []
+    for x in store.batches("h", 256, seed=1, memory_mb=0.1, epochs=2, device="cuda"):
+        assert x.is_cuda
+        torch.matmul(x, x.T)  # work on the consumer's stream beside the copies
+        kept.append(x)  # pinned buffers are used again, batches must not change
+    assert len(kept) == len(wanted)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(wanted, kept, strict=True))
+
+
+@pytest.fixture(scope="module")
+def subjects(tiny_model_dir):
+    return {d: load_subject(ModelConfig(id=str(tiny_model_dir), dtype="float32", device=d)) for d in ("cpu", "cuda")}
+
+
+def test_a_harvest_on_cuda_stays_near_the_cpu(subjects, tiny_text, tmp_path):
+    data = DataConfig(source=str(tiny_text), context=16, tokens=4000)
+    config = HarvestConfig(hooks=HOOKS, dtype="float32", shard_mb=0.05)
+    stores = {device: harvest(subject, data, config, tmp_path / device) for device, subject in subjects.items()}
+    for hook in HOOKS:
+        on_cpu, on_cuda = (stores[device].read(hook, slice(None)) for device in ("cpu", "cuda"))
+        assert torch.allclose(on_cpu, on_cuda, atol=1e-4)
+        ours, theirs = (stores[device].statistics(hook) for device in ("cpu", "cuda"))
+        assert abs(ours.mean - theirs.mean).max() < 1e-4
+        assert abs(ours.covariance - theirs.covariance).max() < 1e-4
+        assert ours.rows == theirs.rows
+
+
+def test_streaming_on_cuda_gives_the_rows_of_a_harvest(subjects, tiny_text, tmp_path):
+    data = DataConfig(source=str(tiny_text), context=16, tokens=4000)
+    store = harvest(subjects["cpu"], data, HarvestConfig(hooks=HOOKS, dtype="float32", shard_mb=0.05), tmp_path / "store")
+    live = stream_activations(subjects["cuda"], data, HarvestConfig(hooks=HOOKS, dtype="float32", stream=True))
+    batches = live.batches(HOOKS, 100, memory_mb=0.2, device="cuda")
+    for rows, (x, z) in zip(batches.row_numbers(), batches, strict=True):
+        assert torch.allclose(x.cpu(), store.read(HOOKS[0], rows), atol=1e-4)
+        assert torch.allclose(z.cpu(), store.read(HOOKS[1], rows), atol=1e-4)

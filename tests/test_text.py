@@ -1,12 +1,10 @@
-"""Text -> rows: packing by hand, no token lost, documents on one side of the split, and how bad text is refused."""
+"""Text -> rows: what is read, where a row leads back to, what stands on which side, what is kept, how bad text is refused."""
 
 import gzip
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pyarrow
@@ -14,215 +12,16 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letters import BOS, EOS, FastLetters, Letters, letters, many, rows_of, write_jsonl
 
 from activation_store import DataConfig, InputError
-from activation_store import text as text_module
-from activation_store.text import TokenRows, is_held_out, token_rows
-
-EOS, BOS = 1, 2
+from activation_store.text import document_text, is_held_out, read_documents, token_rows
 
 
-class Letters:
-    """A tokenizer of one id a character: a = 10, b = 11, ..., space and the rest = 9."""
-
-    eos_token_id: int | None = EOS
-    bos_token_id: int | None = BOS
-
-    def __call__(self, texts: Sequence[str], *, add_special_tokens: bool, verbose: bool) -> dict[str, list[list[int]]]:
-        assert not add_special_tokens
-        return {"input_ids": [letters(text) for text in texts]}
-
-
-def letters(text: str) -> list[int]:
-    return [10 + ord(c) - ord("a") if "a" <= c <= "z" else 9 for c in text]
-
-
-class NoSpecials(Letters):
-    eos_token_id = None
-    bos_token_id = None
-
-
-def write_jsonl(path: Path, texts: Sequence[Any], column: str = "text") -> Path:
-    path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts))
-    return path
-
-
-def many(count: int = 60) -> list[str]:
-    """Texts of 3 to 7 words, no two alike."""
-    words = ("red", "green", "blue", "one", "two", "three", "stone", "river", "cloud", "grass")
-    return [" ".join(words[(i * k) % 10] for k in range(1, 4 + i % 5)) + f" number {i}" for i in range(count)]
-
-
-def rows_of(source: Path | str, tokenizer: Any = None, seed: int = 0, **settings: Any) -> TokenRows:
-    settings = {"context": 8, "tokens": 800, "held_out": 0.3, **settings}
-    return token_rows(DataConfig(source=str(source), **settings), tokenizer or Letters(), seed)
-
-
-# Packing, by hand
-
-
-@pytest.fixture
-def by_first_letter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents that begin with h are held out, so that a golden value needs no hash."""
-    monkeypatch.setattr(text_module, "is_held_out", lambda text, fraction, seed: text.startswith("h"))
-
-
-GOLDEN = ["abc", "hi", "", "de", "   ", "hjk", "fghij", "h"]
-
-
-@pytest.mark.usefixtures("by_first_letter")
-def test_packing_golden_value(tmp_path: Path) -> None:
-    """Training stream: abc. de. fghij.   Held-out stream: hi. hjk. h.   (the dot is EOS; a row holds 3 after its BOS)
-
-    Documents are numbered as they come, the two empty ones not at all: abc 0, hi 1, de 2, hjk 3, fghij 4, h 5.
-    """
-    found = rows_of(write_jsonl(tmp_path / "x.jsonl", GOLDEN), context=4, tokens=400, held_out=0.5)
-    a, b, c, d, e, f, g, h, i, j, k = range(10, 21)
-    np.testing.assert_array_equal(
-        found.tokens,
-        [
-            [BOS, a, b, c],
-            [BOS, EOS, d, e],
-            [BOS, EOS, f, g],
-            [BOS, h, i, j],
-            [BOS, h, i, EOS],
-            [BOS, h, j, k],
-            [BOS, EOS, h, EOS],
-        ],
-    )
-    np.testing.assert_array_equal(
-        found.documents,
-        [[0, 0, 0, 0], [0, 0, 2, 2], [2, 2, 4, 4], [4, 4, 4, 4], [1, 1, 1, 1], [3, 3, 3, 3], [3, 3, 5, 5]],
-    )
-    assert found.tokens.dtype == found.documents.dtype == np.int32
-    assert found.train_sequences == 4
-    # the last EOS of the training stream found no row
-    assert found.counts == {"documents": 6, "empty_documents": 2, "unused_documents": 0, "tokens_left_over": 1}
-
-
-@pytest.mark.usefixtures("by_first_letter")
-def test_packing_without_bos(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "x.jsonl", GOLDEN)
-    a, b, c, d, e, f, g, h, i, j, k = range(10, 21)
-    train = [[a, b, c, EOS], [d, e, EOS, f], [g, h, i, j]]
-    held = [[h, i, EOS, h], [j, k, EOS, h]]
-    documents = [[0, 0, 0, 0], [2, 2, 2, 4], [4, 4, 4, 4], [1, 1, 1, 3], [3, 3, 3, 5]]
-    found = rows_of(path, context=4, tokens=400, held_out=0.5, prepend_bos=False)
-    np.testing.assert_array_equal(found.tokens, train + held)
-    np.testing.assert_array_equal(found.documents, documents)
-    assert found.counts["tokens_left_over"] == 2
-    tokenizer = Letters()
-    tokenizer.bos_token_id = None  # a tokenizer without one, though it is asked for
-    np.testing.assert_array_equal(rows_of(path, tokenizer, context=4, tokens=400, held_out=0.5).tokens, train + held)
-
-
-@pytest.mark.usefixtures("by_first_letter")
-def test_packing_without_eos(tmp_path: Path) -> None:
-    found = rows_of(write_jsonl(tmp_path / "x.jsonl", GOLDEN), NoSpecials(), context=4, tokens=400, held_out=0.5)
-    a, b, c, d, e, f, g, h, i, j = range(10, 20)
-    np.testing.assert_array_equal(found.tokens, [[a, b, c, d], [e, f, g, h], [h, i, h, j]])
-    np.testing.assert_array_equal(found.documents, [[0, 0, 0, 2], [2, 4, 4, 4], [1, 1, 3, 3]])
-    assert found.counts["tokens_left_over"] == 4  # ij of training; k and the last h of held-out
-
-
-@pytest.mark.usefixtures("by_first_letter")
-def test_it_stops_at_the_tokens_asked_for(tmp_path: Path) -> None:
-    """16 tokens of 4 are 4 rows, a quarter of them held out; what comes later is counted, not packed."""
-    texts = ["abcdefghijk", "hab", "late", "hlate"]
-    found = rows_of(write_jsonl(tmp_path / "x.jsonl", texts), context=4, tokens=16, held_out=0.25)
-    np.testing.assert_array_equal(
-        found.tokens, [[BOS, 10, 11, 12], [BOS, 13, 14, 15], [BOS, 16, 17, 18], [BOS, 17, 10, 11]]
-    )
-    assert found.train_sequences == 3
-    assert found.counts == {"documents": 2, "empty_documents": 0, "unused_documents": 2, "tokens_left_over": 3 + 1}
-
-
-def test_a_document_longer_than_many_rows_is_cut_without_a_gap(tmp_path: Path) -> None:
-    texts = [f"{'abcdefghijklmnopqrstuvwxyz' * 40}{i}" for i in range(6)]
-    side = [is_held_out(text, 0.5, 0) for text in texts]
-    assert len(set(side)) == 2
-    found = rows_of(write_jsonl(tmp_path / "x.jsonl", texts), tokens=100_000, held_out=0.5)
-    flat = found.tokens[: found.train_sequences, 1:].reshape(-1)
-    whole = [token for text, held in zip(texts, side, strict=True) if not held for token in [*letters(text), EOS]]
-    assert flat.tolist() == whole[: len(flat)]
-    assert len(whole) - len(flat) < 7
-
-
-# The same against a reference that handles one token at a time
-
-
-def reference(texts: list[str | None], held_out: float, seed: int, context: int, tokens: int, bos: bool) -> dict[str, Any]:
-    wanted = max(tokens // context, 2)
-    held_rows = max(1, round(wanted * held_out))
-    body = context - bos
-    sides: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
-    limit = {False: wanted - held_rows, True: held_rows}
-    number = empty = unused = 0
-    for text in texts:
-        if text is None or not text.strip():
-            empty += 1
-            continue
-        held = is_held_out(text, held_out, seed)
-        if len(sides[held]) // body >= limit[held]:
-            unused += 1
-            continue
-        sides[held] += [(token, number) for token in [*letters(text), EOS]]
-        number += 1
-    packed = {held: sides[held][: min(len(sides[held]) // body, limit[held]) * body] for held in sides}
-    counts = {
-        "documents": number, "empty_documents": empty, "unused_documents": unused,
-        "tokens_left_over": sum(len(sides[held]) - len(packed[held]) for held in sides),
-    }  # fmt: skip
-    return {"train": packed[False], "held_out": packed[True], "counts": counts, "body": body}
-
-
-document = st.tuples(st.integers(2, 40), st.integers(0, 10**6)).map(lambda drawn: (f"{drawn[1]:x}-" * 20)[: drawn[0]])
-documents = st.lists(st.one_of(document, document, st.text("xyz \n", max_size=9), st.none()), min_size=9, max_size=40)
-
-
-@given(
-    texts=documents,
-    chunk=st.integers(1, 9),
-    held_out=st.floats(0.2, 0.6),
-    seed=st.integers(0, 2**32),
-    context=st.integers(2, 9),
-    tokens=st.integers(20, 300),
-    bos=st.booleans(),
-)
-@settings(max_examples=200, deadline=None)
-def test_no_token_is_lost_or_doubled_or_put_to_the_wrong_document(
-    texts: list[str | None], chunk: int, held_out: float, seed: int, context: int, tokens: int, bos: bool
-) -> None:
-    tokenizer = Letters()
-    tokenizer.bos_token_id = BOS if bos else None
-    read: list[str | None] = []
-
-    def batches() -> Iterator[list[str | None]]:
-        for i in range(0, len(texts), chunk):
-            read.extend(texts[i : i + chunk])
-            yield texts[i : i + chunk]
-
-    config = DataConfig(source="x", context=context, tokens=tokens, held_out=held_out)
-    expected = reference(texts, held_out, seed, context, tokens, bos)
-    with patch.object(text_module, "read_documents", lambda config, seed: (batches(), {})):
-        try:
-            found = token_rows(config, tokenizer, seed)
-        except InputError as error:
-            assert "row of" in str(error)  # noqa: PT017 (it depends on the example whether it raises)
-            assert not expected["train"] or not expected["held_out"]
-            return
-    train, held = slice(found.train_sequences), slice(found.train_sequences, None)
-    for name, where in (("train", train), ("held_out", held)):
-        rows, owners = found.tokens[where], found.documents[where]
-        assert rows.shape == owners.shape == (len(expected[name]) // expected["body"], context)
-        if bos:
-            assert (rows[:, 0] == BOS).all()
-            assert (owners[:, 0] == owners[:, 1]).all()
-        flat = [part[:, int(bos) :].reshape(-1).tolist() for part in (rows, owners)]
-        assert list(zip(*flat, strict=True)) == expected[name]
-    assert found.counts == reference(read, held_out, seed, context, tokens, bos)["counts"]
-    if len(read) < len(texts):  # it stopped reading, so both sides must be full
-        assert len(found.tokens) == max(tokens // context, 2)
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rows of another test are found, nor those of whoever runs the tests."""
+    monkeypatch.setenv("MONOSEM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 # The split
@@ -250,9 +49,8 @@ def test_the_held_out_part_is_as_large_as_asked_and_moves_with_the_seed(fraction
 def test_no_document_stands_on_both_sides(tmp_path: Path) -> None:
     texts = many(40) * 3  # every document three times
     found = rows_of(write_jsonl(tmp_path / "x.jsonl", texts), tokens=100_000)
-    kept = [text for text in texts if text.strip()]
-    train = {kept[i] for i in np.unique(found.documents[: found.train_sequences])}
-    held = {kept[i] for i in np.unique(found.documents[found.train_sequences :])}
+    train = {texts[i] for i in np.unique(found.documents[: found.train_sequences])}
+    held = {texts[i] for i in np.unique(found.documents[found.train_sequences :])}
     assert len(train) > 10
     assert len(held) > 4
     assert not train & held
@@ -319,8 +117,8 @@ def test_a_paragraph_keeps_its_lines_together_and_a_document_its_paragraphs(tmp_
 
 
 def documents_of(source: Path | str, **settings: Any) -> Iterator[str]:
-    batches, _ = text_module.read_documents(DataConfig(source=str(source), **settings), 0)
-    return (text for batch in batches for text in batch)
+    batches = read_documents(DataConfig(source=str(source), **settings), 0)
+    return (text for batch in batches for text in batch if text is not None)
 
 
 def test_a_glob_reads_its_files_in_order(tmp_path: Path) -> None:
@@ -346,8 +144,8 @@ def test_shuffling_keeps_the_documents_and_follows_the_seed(tmp_path: Path) -> N
     path = write_jsonl(tmp_path / "x.jsonl", texts)
 
     def shuffled(seed: int) -> list[str]:
-        batches, _ = text_module.read_documents(DataConfig(source=str(path), shuffle_buffer=50), seed)
-        return [text for batch in batches for text in batch]
+        batches = read_documents(DataConfig(source=str(path), shuffle_buffer=50), seed)
+        return [text for batch in batches for text in batch if text]
 
     assert sorted(shuffled(0)) == sorted(texts)
     assert shuffled(0) == shuffled(0)
@@ -355,13 +153,13 @@ def test_shuffling_keeps_the_documents_and_follows_the_seed(tmp_path: Path) -> N
     assert shuffled(0) != shuffled(1)
 
 
-def test_empty_documents_are_counted_and_leave_no_trace(tmp_path: Path) -> None:
+def test_empty_documents_are_counted_and_leave_but_their_numbers(tmp_path: Path) -> None:
     texts = many()
     with_empty = [text for pair in zip(texts, ["", "  \n", None, "\t"] * 15, strict=True) for text in pair]
     clean = rows_of(write_jsonl(tmp_path / "clean.jsonl", texts), tokens=100_000)
     found = rows_of(write_jsonl(tmp_path / "empty.jsonl", with_empty), tokens=100_000)
     np.testing.assert_array_equal(found.tokens, clean.tokens)
-    np.testing.assert_array_equal(found.documents, clean.documents)
+    np.testing.assert_array_equal(found.documents, 2 * clean.documents)  # every other record has no text
     assert (clean.counts["empty_documents"], found.counts["empty_documents"]) == (0, 60)
 
 
@@ -384,6 +182,50 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     assert seen == sorted(seen)
     assert {total for _, total in seen} == {16_000}
     assert seen[-1][0] == 16_000
+
+
+# What a row leads back to
+
+
+def test_every_row_leads_back_to_its_text(tmp_path: Path) -> None:
+    texts = [text for pair in zip(many(), ["", None, " "] * 20, strict=True) for text in pair]
+    source = write_jsonl(tmp_path / "x.jsonl", texts)
+    config = DataConfig(source=str(source), context=8, tokens=800, held_out=0.3, shuffle_buffer=20)
+    found = token_rows(config, FastLetters(), 3)
+    for row in range(0, len(found.tokens), 7):
+        for token, number, offset in zip(found.tokens[row], found.documents[row], found.offsets[row], strict=True):
+            text = document_text(config, 3, int(number))
+            assert token in (BOS, [*letters(text), EOS][offset])
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("shuffle_buffer", [0, 50])
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "folder"])
+def test_a_record_is_found_by_its_number(tmp_path: Path, kind: str, shuffle_buffer: int, streaming: bool) -> None:
+    """In a file and in what `datasets` finds by itself, streamed and not, over the end of the first batch of 256."""
+    texts = many(300)
+    if kind == "txt":
+        source = tmp_path / "x.txt"
+        source.write_text("\n\n".join(texts))
+    else:
+        source = write_jsonl(tmp_path / "x.jsonl", texts)
+    config = DataConfig(
+        source=str(tmp_path if kind == "folder" else source), shuffle_buffer=shuffle_buffer, streaming=streaming
+    )
+    read = [text for batch in read_documents(config, 5) for text in batch]
+    assert sorted(filter(None, read)) == sorted(texts)
+    assert (read == texts) == (shuffle_buffer == 0)
+    assert [document_text(config, 5, number) for number in (0, 1, 255, 256, 299)] == [read[n] for n in (0, 1, 255, 256, 299)]
+    for number in (300, 10**6, -1):
+        with pytest.raises(InputError, match=f"data.source.*{number}"):
+            document_text(config, 5, number)
+
+
+def test_a_record_without_text_is_refused(tmp_path: Path) -> None:
+    config = DataConfig(source=str(write_jsonl(tmp_path / "x.jsonl", ["a", None, "", "b"])))
+    assert [document_text(config, 0, number) for number in (0, 2, 3)] == ["a", "", "b"]
+    with pytest.raises(InputError, match="has no text of number 1"):
+        document_text(config, 0, 1)
 
 
 # What is refused

@@ -1,0 +1,342 @@
+"""Batches of shuffled rows: one thread reads blocks into a ring of turns, another cuts batches out of it, ahead of use."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from activation_store.dtypes import ON_DISK, TORCH, bytes_a_row, decode
+from activation_store.errors import InputError
+from activation_store.shuffle import WINDOW, Epoch, Ints, Kept, Layout, ShuffleQuality, Source, draws_from, measure
+
+Item = Any  # a (batch, d) tensor, or a tuple of them when several hooks are drawn
+_AHEAD = 2  # batches made before they are asked for
+
+
+class Batches:
+    """Shuffled (batch, d) batches with exact seek; iterate it, as often as wanted. Made by `ActivationStore.batches`.
+
+    Attributes: `left_out` counts the split's rows that are never drawn, by reason; `rows` counts those of an epoch.
+    """
+
+    def __init__(
+        self, source: Source, hooks: tuple[str, ...], single: bool, *, batch_size: int, seed: int, start: int,
+        epochs: int | None, split: str, memory_mb: float, max_norm_multiple: float | None,
+        device: torch.device | str | None, region_shards: int | None = None,
+    ) -> None:  # fmt: skip
+        """Draw from `source`; see `ActivationStore.batches`."""
+        if split not in ("train", "held_out"):
+            raise InputError(f"split: {split!r} given; allowed: train, held_out")
+        limits = (("batch_size", batch_size, 1), ("seed", seed, 0), ("start", start, 0), ("epochs", epochs or 0, 0))
+        for name, value, least in limits:
+            if value < least:
+                raise InputError(f"{name}: {value} given; must be at least {least}")
+        if not hooks:
+            raise InputError(f"hook: none given; allowed: one or several of {', '.join(source.hooks)}")
+        if len(set(hooks)) < len(hooks):
+            raise InputError(f"hook: {', '.join(hooks)} given; name each hook once")
+        if max_norm_multiple is not None and not max_norm_multiple > 0:
+            raise InputError(f"max_norm_multiple: {max_norm_multiple} given; must be above 0, or None")
+        if not memory_mb > 0:
+            raise InputError(f"memory_mb: {memory_mb} given; must be above 0")
+        self.source, self.hooks, self.single, self.batch_size, self.seed, self.start, self.epochs = (
+            source, hooks, single, batch_size, seed, start, epochs,
+        )  # fmt: skip
+        self.device = None if device is None else torch.device(device)
+        known = source.norms_known
+        self._limits = {} if max_norm_multiple is None else {hook: source.norm_limit(hook, max_norm_multiple) for hook in hooks}
+        self._kept = Kept(source, split, self._limits if known else {}, whole_shards=region_shards is not None)
+        self._late = {} if known else self._limits  # limits that can only be applied once the rows are there
+        block = source.block_rows * sum(bytes_a_row(source.width(hook), source.dtype(hook)) for hook in hooks)
+        slot = int(memory_mb * (1 << 20)) // (WINDOW + 1) // block
+        if region_shards is not None:  # a turn must not reach over more than two regions
+            slot = min(slot, region_shards * source.shard_blocks)
+        self.layout = Layout(max(1, min(slot, -(-self._kept.blocks // WINDOW))), region_shards)
+        self.left_out, self.rows = self._kept.left_out, self._kept.rows
+        if self._late:
+            self.left_out["norm_outliers"] = 0  # counted as they come
+
+    def __len__(self) -> int:
+        """Count the batches from `start` on; an endless stream has no length."""
+        if self.epochs is None:
+            raise TypeError("an endless stream of batches has no length; pass epochs=1 for one epoch")
+        return max(0, -(-self.epochs * self.rows // self.batch_size) - self.start)
+
+    def order(self, epoch: int) -> Ints:
+        """Return the rows of one epoch in the order they are drawn. 8 bytes a row: for looking at, not for training."""
+        order = Epoch(self._kept, self.layout, self.seed, epoch)
+        return np.concatenate([order.draw(draw)[0] for draw in range(order.draws)])
+
+    def row_numbers(self) -> Iterator[Ints]:
+        """Yield the store rows of each batch, from batch `start` on, without reading any activation."""
+        return self._row_numbers(self.start)
+
+    def _row_numbers(self, start: int) -> Iterator[Ints]:
+        held = np.empty(0, np.int64)
+        for order, draw, skip in draws_from(self._kept, self.layout, self.seed, start * self.batch_size, self.epochs):
+            held = np.concatenate([held, order.draw(draw)[0][skip:]])
+            while len(held) >= self.batch_size:
+                yield held[: self.batch_size]
+                held = held[self.batch_size :]
+        if len(held):
+            yield held
+
+    def quality(self, batches: int = 32) -> ShuffleQuality:
+        """Measure how well up to `batches` batches, evenly spread over the first epoch, are mixed, beside an ideal shuffle."""
+        whole = max(1, self.rows // self.batch_size)
+        chosen = np.unique(np.linspace(0, whole - 1, batches).astype(np.int64)).tolist()
+        ours = [next(self._row_numbers(number)) for number in chosen]
+        chance = np.random.Generator(np.random.PCG64(0))
+        low = int(self.source.block_start(np.array([self._kept.first_block]))[0])
+        ideal = []
+        for rows in ours:
+            found = np.empty(0, np.int64)
+            while len(found) < len(rows):
+                drawn = chance.integers(low, self.source.rows, 2 * len(rows))
+                found = np.unique(np.r_[found, drawn[self._kept.is_kept(drawn)]])
+            ideal.append(chance.permutation(found)[: len(rows)])
+        documents = np.asarray(self._documents)
+        entropy, adjacency = measure(ours, documents)
+        ideal_entropy, ideal_adjacency = measure(ideal, documents)
+        return ShuffleQuality(entropy, ideal_entropy, adjacency, ideal_adjacency, len(ours))
+
+    @cached_property
+    def _documents(self) -> NDArray[np.int32]:
+        source: Any = self.source
+        found: NDArray[np.int32] = source.documents.reshape(-1)
+        return found
+
+    def stream(self, start: int) -> Iterator[Item]:
+        """Yield batches `start`, `start` + 1, ... without end: what a trainer draws, and where it resumes."""
+        return self._draw(start, None)
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield (batch, d) float32 tensors, or tuples of them when several hooks are drawn."""
+        return self._draw(self.start, self.epochs)
+
+    def _draw(self, start: int, epochs: int | None) -> Iterator[Item]:
+        maker = _OnCuda(self, self.device) if self.device is not None and self.device.type == "cuda" else _OnCpu(self)
+        ring = _Ring(self)
+        draws: Iterable[Any] = ring.read(start * self.batch_size, epochs)
+        found: Iterable[Any] = ring.cut(draws, maker)
+        if self.source.in_background:
+            draws = _Background(draws, 1, ring.stopped, "batches-read")
+            found = _Background(ring.cut(draws, maker), _AHEAD, ring.stopped, "batches-cut")
+        try:
+            for item in found:
+                tensors = maker.arrived(item)
+                yield tensors[0] if self.single else tensors
+        finally:
+            ring.stopped.set()
+            for work in (found, draws):
+                if isinstance(work, _Background):
+                    work.thread.join()
+
+
+class _Stopped(Exception):
+    """The consumer has gone: a thread's reason to end."""
+
+
+def _wait(act: Callable[..., Any], stopped: threading.Event, *args: Any) -> Any:
+    """Put to or get from a queue, unless the iteration ends meanwhile."""
+    while not stopped.is_set():
+        with contextlib.suppress(queue.Full, queue.Empty):
+            return act(*args, timeout=0.1)
+    raise _Stopped
+
+
+class _Background:
+    """An iterator that is run by a thread of its own, up to `ahead` items before they are asked for."""
+
+    def __init__(self, items: Iterable[Any], ahead: int, stopped: threading.Event, name: str) -> None:
+        self.items, self.stopped = items, stopped
+        self.queue: queue.Queue[tuple[str, Any]] = queue.Queue(ahead)
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(_Stopped):
+            try:
+                for item in self.items:
+                    _wait(self.queue.put, self.stopped, ("item", item))
+                _wait(self.queue.put, self.stopped, ("end", None))
+            except _Stopped:
+                raise
+            except BaseException as error:
+                _wait(self.queue.put, self.stopped, ("error", error))
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            kind, item = _wait(self.queue.get, self.stopped)
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+
+
+class _Ring:
+    """WINDOW + 1 slots, each one turn of blocks of every hook, as they lie on disk.
+
+    `read` fills a slot while `cut` takes the rows of a draw out of the others; a slot is free again once the last draw
+    that needs it has been given out.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        self.stopped = threading.Event()
+        source = batches.source
+        self.slot_rows = batches.layout.turn_blocks * source.block_rows
+        rows = (WINDOW + 1) * self.slot_rows
+        dtypes = [source.dtype(hook) for hook in batches.hooks]
+        self.raw = [  # pages take memory when they are first written
+            np.empty((rows, source.width(hook)), ON_DISK[dtype]) for hook, dtype in zip(batches.hooks, dtypes, strict=True)
+        ]
+        self.scales = [np.empty(rows, np.float32) if dtype == "int8" else None for dtype in dtypes]
+        self.free: queue.Queue[int] = queue.Queue()
+        for slot in range(WINDOW + 1):
+            self.free.put(slot)
+
+    def read(self, position: int, epochs: int | None) -> Iterator[Any]:
+        """Yield draws from row `position` of the stream on: (places in the ring, slots that are free afterwards)."""
+        batches, source = self.batches, self.batches.source
+        at: dict[int, int] = {}  # turn -> slot
+        epoch = -1
+        for order, draw, skip in draws_from(batches._kept, batches.layout, batches.seed, position, epochs):
+            if order.number != epoch:
+                epoch, at = order.number, {}  # the old epoch's slots come back with its last draw
+            window = order.window(draw)
+            for turn in window:
+                if turn not in at:
+                    at[turn] = _wait(self.free.get, self.stopped)
+                    blocks = order.blocks(turn)
+                    first = at[turn] * self.slot_rows
+                    room = slice(first, first + len(blocks) * source.block_rows)
+                    rooms = [(x[room], None if s is None else s[room]) for x, s in zip(self.raw, self.scales, strict=True)]
+                    source.fill(blocks, dict(zip(batches.hooks, rooms, strict=True)))
+            rows, turns, places = order.draw(draw)
+            slots = np.array([at[turn] for turn in window])[turns - window.start]
+            done = [at.pop(turn) for turn in window if turn == draw or draw == order.draws - 1]
+            index = slots * self.slot_rows + places
+            if batches._late:
+                loud = source.loud(batches._late, rows)
+                if len(rows) and loud.all():
+                    raise InputError(f"max_norm_multiple: every one of {len(rows)} rows is above the limit; allow more")
+                batches.left_out["norm_outliers"] += int(loud[skip:].sum())
+                index[loud] = np.resize(index[~loud], int(loud.sum()))
+            yield index[skip:], done
+
+    def cut(self, draws: Iterable[Any], maker: "_OnCpu | _OnCuda") -> Iterator[Any]:
+        """Yield batches cut out of draws; the last one may be short."""
+        size = self.batches.batch_size
+        batch: Any = None
+        filled = 0
+        for index, done in draws:
+            begin = 0
+            while begin < len(index):
+                if batch is None:
+                    batch, filled = maker.new(), 0
+                end = min(len(index), begin + size - filled)
+                for number, (raw, scales) in enumerate(zip(self.raw, self.scales, strict=True)):
+                    maker.take(batch, number, filled, raw, scales, index[begin:end])
+                filled, begin = filled + end - begin, end
+                if filled == size:
+                    yield maker.done(batch, size)
+                    batch = None
+            for slot in done:
+                self.free.put(slot)
+        if batch is not None:
+            yield maker.done(batch, filled)
+
+
+class _OnCpu:
+    """Makes float32 batches in ordinary memory; a device that is neither CPU nor CUDA gets copies of them."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.device = batches.device
+        self.shapes = [(batches.batch_size, batches.source.width(hook)) for hook in batches.hooks]
+        self.dtypes = [batches.source.dtype(hook) for hook in batches.hooks]
+        self.scratch = [np.empty(shape, ON_DISK[dtype]) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+
+    def new(self) -> list[Tensor]:
+        return [torch.empty(shape, dtype=torch.float32) for shape in self.shapes]
+
+    def take(
+        self, batch: list[Tensor], number: int, filled: int, raw: NDArray[Any], scales: NDArray[np.float32] | None, index: Ints
+    ) -> None:
+        """Write rows `index` of the ring into rows `filled`... of a batch.
+
+        Few large calls rather than many that fit the cache: between two calls this thread may have to wait for the GIL.
+        """
+        out = batch[number].numpy()[filled : filled + len(index)]
+        scratch = self.scratch[number][: len(index)]
+        np.take(raw, index, axis=0, out=scratch, mode="clip")  # the indices are ours; any other mode would copy twice
+        decode(scratch, self.dtypes[number], scales[index] if scales is not None else None, out)
+
+    def done(self, batch: list[Tensor], rows: int) -> tuple[Tensor, ...]:
+        return tuple(x[:rows] for x in batch)
+
+    def arrived(self, item: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return item if self.device is None else tuple(x.to(self.device) for x in item)
+
+
+class _OnCuda:
+    """Makes batches on a CUDA device: rows go as they lie on disk through pinned memory, on a stream of their own.
+
+    The copy of one batch runs beside the training step on another; float32 is made on the device, so that the bus
+    carries two bytes (int8: one) an entry and not four.
+    """
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.dtypes = [batches.source.dtype(hook) for hook in batches.hooks]
+        self.pinned = []
+        for _ in range(_AHEAD + 1):
+            arrays = [
+                torch.empty((batches.batch_size, batches.source.width(hook)), dtype=TORCH[dtype], pin_memory=True)
+                for hook, dtype in zip(batches.hooks, self.dtypes, strict=True)
+            ]
+            scales = [torch.empty(batches.batch_size, pin_memory=True) if dtype == "int8" else None for dtype in self.dtypes]
+            self.pinned.append((arrays, scales, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+        self.turn = 0
+
+    def new(self) -> Any:
+        self.turn = (self.turn + 1) % len(self.pinned)
+        staged = self.pinned[self.turn]
+        staged[2].synchronize()  # its last copy has left; only this thread waits
+        return staged
+
+    def take(
+        self, batch: Any, number: int, filled: int, raw: NDArray[Any], scales: NDArray[np.float32] | None, index: Ints
+    ) -> None:
+        bits = batch[0][number].view(torch.uint16) if self.dtypes[number] == "bfloat16" else batch[0][number]
+        np.take(raw, index, axis=0, out=bits.numpy()[filled : filled + len(index)], mode="clip")
+        if scales is not None:
+            np.take(scales, index, out=batch[1][number].numpy()[filled : filled + len(index)], mode="clip")
+
+    def done(self, batch: Any, rows: int) -> tuple[Tensor, ...]:
+        arrays, scales, event = batch
+        with torch.cuda.stream(self.stream):
+            found = []
+            for raw, scale in zip(arrays, scales, strict=True):
+                x = raw[:rows].to(self.device, non_blocking=True).float()
+                found.append(x if scale is None else x * scale[:rows].to(self.device, non_blocking=True)[:, None])
+            event.record(self.stream)
+        return (*found, event)
+
+    def arrived(self, item: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """Make the caller's stream wait for the copies, not the caller."""
+        *found, event = item
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(event)
+        for x in found:
+            x.record_stream(current)
+        return tuple(found)
