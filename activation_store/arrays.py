@@ -191,7 +191,9 @@ class Table:
                 rows = data[:-4].view(array.disk).reshape(array.rows, *array.shape[1:])
                 self._values[start : start + array.rows] = rows[: array.length(chunk)]
             self._loaded[some] = True
-        return self._values
+        view = self._values.view()
+        view.flags.writeable = False  # what one reader changed, all would see
+        return view
 
     def forget(self, chunk: int) -> None:
         """Read a chunk anew next time."""

@@ -44,8 +44,8 @@ class Batches:
             raise InputError(f"hook: {', '.join(hooks)} given; name each hook once")
         if max_norm_multiple is not None and not max_norm_multiple > 0:
             raise InputError(f"max_norm_multiple: {max_norm_multiple} given; must be above 0, or None")
-        if not memory_mb > 0:
-            raise InputError(f"memory_mb: {memory_mb} given; must be above 0")
+        if not 0 < memory_mb < float("inf"):
+            raise InputError(f"memory_mb: {memory_mb} given; must be above 0, and finite")
         self.source, self.hooks, self.single, self.batch_size, self.seed, self.start, self.epochs = (
             source, hooks, single, batch_size, seed, start, epochs,
         )  # fmt: skip
@@ -76,11 +76,11 @@ class Batches:
 
     def row_numbers(self) -> Iterator[Ints]:
         """Yield the store rows of each batch, from batch `start` on, without reading any activation."""
-        return self._row_numbers(self.start)
+        return self._row_numbers(self.start, self.epochs)
 
-    def _row_numbers(self, start: int) -> Iterator[Ints]:
+    def _row_numbers(self, start: int, epochs: int | None) -> Iterator[Ints]:
         held = np.empty(0, np.int64)
-        for order, draw, skip in draws_from(self._kept, self.layout, self.seed, start * self.batch_size, self.epochs):
+        for order, draw, skip in draws_from(self._kept, self.layout, self.seed, start * self.batch_size, epochs):
             held = np.concatenate([held, order.draw(draw)[0][skip:]])
             while len(held) >= self.batch_size:
                 yield held[: self.batch_size]
@@ -92,7 +92,7 @@ class Batches:
         """Measure how well up to `batches` batches, evenly spread over the first epoch, are mixed, beside an ideal shuffle."""
         whole = max(1, self.rows // self.batch_size)
         chosen = np.unique(np.linspace(0, whole - 1, batches).astype(np.int64)).tolist()
-        ours = [next(self._row_numbers(number)) for number in chosen]
+        ours = [next(self._row_numbers(number, 1)) for number in chosen]
         chance = np.random.Generator(np.random.PCG64(0))
         low = int(self.source.block_start(np.array([self._kept.first_block]))[0])
         ideal = []

@@ -101,7 +101,7 @@ def repair(path: Place, progress: Progress = lambda done, total: None) -> list[F
 
 
 def info(path: Place, quality: bool = True) -> dict[str, Any]:
-    """Return what a store holds, as flat facts; `quality` measures its shuffle too, which reads tokens but no activations."""
+    """Return what a store holds: facts by name, and those of each hook under the hook's; `quality` measures its shuffle too, which reads tokens but no activations."""
     store = ActivationStore(path)
     sequences, context = store.shape
     journal = store.folder.beside(".journal")
@@ -117,11 +117,10 @@ def info(path: Place, quality: bool = True) -> dict[str, Any]:
     }  # fmt: skip
     facts["claims"] = sum(name.endswith(".claim") for name in journal.names())
     for hook in store.hooks:
-        facts[f"{hook}: width"], facts[f"{hook}: dtype"] = store.width(hook), store.dtype(hook)
+        facts[hook] = {"width": store.width(hook), "dtype": store.dtype(hook)}
         if "statistics" in store.attrs:
             found = store.statistics(hook)
-            names = ("rows", "mean_norm", "median_norm", "max_norm")
-            facts |= {f"{hook}: {name}": getattr(found, name) for name in names}
+            facts[hook] |= {name: getattr(found, name) for name in ("rows", "mean_norm", "median_norm", "max_norm")}
     if quality and store.attrs["complete"]:
         batches = store.batches(store.hooks[0])
         facts |= {f"left_out_{name}": count for name, count in batches.left_out.items()}

@@ -47,7 +47,8 @@ def remove_leftovers(folder: Path, older_than: float = 86_400.0) -> None:
         writer = _ASIDE.search(path.name)
         with contextlib.suppress(FileNotFoundError):
             abandoned = time.time() - path.stat().st_mtime > older_than
-            if abandoned or writer is None or not is_running(writer["host"], int(writer["pid"])):
+            dead = writer is not None and not is_running(writer["host"], int(writer["pid"]))
+            if abandoned or dead:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -7,22 +7,21 @@ processes can create, and many small reads at once. Names are relative to the fo
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from activation_store.errors import InputError, first_line
+from activation_store.errors import InputError
 from activation_store.files import Payload, full_disk_is_input, remove_leftovers, sync_folder, write_atomic
 
 # One read: file, offset in bytes, and the writable buffer to be filled.
 Read = tuple[str, int, memoryview]
-_READERS = 4
+_READERS = 4  # threads a local read is split over; each asks the kernel for all its blocks before it takes the first
 
 
 class Folder(Protocol):
@@ -57,6 +56,9 @@ class Folder(Protocol):
 
     def names(self, name: str = "") -> list[str]:
         """Return the names of the files directly in the sub-folder `name`, sorted, leaving out half-written ones."""
+
+    def empty(self) -> bool:
+        """Say whether nothing at all lies here."""
 
     def remove(self, name: str) -> None:
         """Delete a file; do nothing where there is none."""
@@ -172,6 +174,10 @@ class LocalFolder:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def empty(self) -> bool:
+        """See `Folder`."""
+        return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+
     def remove(self, name: str) -> None:
         """See `Folder`."""
         (self.path / name).unlink(missing_ok=True)
@@ -185,118 +191,8 @@ class LocalFolder:
         remove_leftovers(self.path)
 
 
-@dataclass(frozen=True)
-class ObjectFolder:
-    """A prefix of an object store, through fsspec. An object appears whole when its upload ends: that is all we need."""
-
-    url: str
-
-    def __str__(self) -> str:
-        """Return the URL."""
-        return self.url
-
-    @cached_property
-    def _place(self) -> tuple[Any, str]:
-        """Open the file system; listings are never cached, for other processes write too."""
-        import fsspec
-
-        try:
-            fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise InputError(f"{self.url}: cannot be opened ({first_line(error)}); install the fsspec driver it names") from error
-        return fs, root.rstrip("/")
-
-    def _of(self, name: str) -> str:
-        return f"{self._place[1]}/{name}" if name else self._place[1]
-
-    @contextlib.contextmanager
-    def _faults(self, name: str) -> Iterator[None]:
-        """Turn what a server refuses into one line; a missing file stays what it is."""
-        try:
-            yield
-        except (FileNotFoundError, EOFError, InputError):
-            raise
-        except Exception as error:  # drivers raise their own kinds: connections, credentials, quotas
-            raise InputError(f"{self.url}/{name}: {first_line(error)}; check address, credentials and quota") from error
-
-    def beside(self, suffix: str) -> "ObjectFolder":
-        """See `Folder`."""
-        return ObjectFolder(self.url.rstrip("/") + suffix)
-
-    def write(self, name: str, *parts: Payload, sync: bool = True) -> None:
-        """See `Folder`."""
-        with self._faults(name):
-            self._place[0].pipe_file(self._of(name), b"".join(parts))
-
-    def sync(self, name: str) -> None:
-        """See `Folder`."""
-
-    def create(self, name: str, data: bytes) -> bool:
-        """See `Folder`."""
-        with self._faults(name):
-            try:
-                self._place[0].pipe_file(self._of(name), data, mode="create")
-            except FileExistsError:
-                return False
-        return True
-
-    def read(self, name: str) -> bytes:
-        """See `Folder`."""
-        with self._faults(name):
-            found: bytes = self._place[0].cat_file(self._of(name))
-        return found
-
-    def read_many(self, reads: Sequence[Read]) -> None:
-        """See `Folder`. All ranges are asked for at once; the driver keeps as many requests in flight as it may."""
-        if not reads:
-            return
-        with self._faults(reads[0][0]):
-            paths = [self._of(name) for name, _, _ in reads]
-            starts = [offset for _, offset, _ in reads]
-            stops = [offset + len(buffer) for _, offset, buffer in reads]
-            for (name, _, buffer), got in zip(reads, self._place[0].cat_ranges(paths, starts, stops), strict=True):
-                if isinstance(got, Exception):
-                    raise got
-                if len(got) != len(buffer):
-                    raise EOFError(name)
-                buffer[:] = got
-
-    def size(self, name: str) -> int | None:
-        """See `Folder`."""
-        with self._faults(name), contextlib.suppress(FileNotFoundError):
-            return int(self._place[0].info(self._of(name))["size"])
-        return None
-
-    def modified(self, name: str) -> float | None:
-        """See `Folder`."""
-        with self._faults(name), contextlib.suppress(FileNotFoundError):
-            when: datetime = self._place[0].modified(self._of(name))
-            return when.timestamp()
-        return None
-
-    def names(self, name: str = "") -> list[str]:
-        """See `Folder`."""
-        with self._faults(name), contextlib.suppress(FileNotFoundError):
-            found = self._place[0].ls(self._of(name), detail=True, refresh=True)
-            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
-        return []
-
-    def remove(self, name: str) -> None:
-        """See `Folder`."""
-        with self._faults(name), contextlib.suppress(FileNotFoundError):
-            self._place[0].rm_file(self._of(name))
-
-    def remove_all(self) -> None:
-        """See `Folder`."""
-        with self._faults(""), contextlib.suppress(FileNotFoundError):
-            self._place[0].rm(self._of(""), recursive=True)
-
-    def remove_leftovers(self) -> None:
-        """See `Folder`. An upload that was cut off never became an object."""
-
-
 def folder_at(where: "str | os.PathLike[str] | Folder") -> Folder:
-    """Return the folder that a path, a file:// URL or another fsspec URL means."""
+    """Return the folder that a path, a file:// URL or another fsspec URL means. Raises InputError for a bare bucket."""
     if not isinstance(where, str | os.PathLike):
         return where
     text = os.fspath(where)
@@ -304,4 +200,9 @@ def folder_at(where: "str | os.PathLike[str] | Folder") -> Folder:
         return LocalFolder(Path(text))
     if text.startswith("file://"):
         return LocalFolder(Path(text.removeprefix("file://")))
-    return ObjectFolder(text.rstrip("/"))
+    text = text.rstrip("/")
+    if "/" not in text.partition("://")[2]:
+        raise InputError(f"{text}: a whole bucket, which a new store would empty; name a folder in it: {text}/activations")
+    from activation_store.objects import ObjectFolder  # which a local folder has no need of
+
+    return ObjectFolder(text)

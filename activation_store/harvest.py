@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from activation_store.arrays import read_metadata
@@ -309,10 +310,10 @@ def compute_shard(
 
 
 def run(
-    subject: Subject, sites: dict[str, HookSite], tokens: Any, dtypes: Mapping[str, str]
+    subject: Subject, sites: dict[str, HookSite], tokens: NDArray[np.int32], dtypes: Mapping[str, str]
 ) -> Iterator[tuple[str, Rows, Tensor]]:
     """Run the model over tokens (sequence, context); yield each hook's rows as stored, and as float32, on its device."""
-    batch = torch.from_numpy(np.ascontiguousarray(tokens)).long().to(subject.device)
+    batch = torch.from_numpy(tokens.astype(np.int64)).to(subject.device)
     for hook, found in capture(subject.model, sites, batch).items():
         x = found.reshape(batch.numel(), -1)
         encoded = Rows.of(x, dtypes[hook])
@@ -326,8 +327,9 @@ def _parts(rows: Rows) -> list[Tensor]:
 def _empty(count: int, width: int, dtype: str, device: torch.device) -> Rows:
     """Return room for `count` rows on the CPU, pinned where a GPU will copy into it."""
     pinned = device.type == "cuda"
-    scales = torch.empty(count, pin_memory=pinned) if dtype == "int8" else None
-    return Rows(torch.empty((count, width), dtype=TORCH[dtype], pin_memory=pinned), torch.empty(count, pin_memory=pinned), scales)
+    raw = torch.empty((count, width), dtype=TORCH[dtype], pin_memory=pinned)
+    norms, scales = torch.empty((2, count), dtype=torch.float32, pin_memory=pinned)
+    return Rows(raw, norms, scales if dtype == "int8" else None)
 
 
 def _commit(

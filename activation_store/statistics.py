@@ -35,7 +35,7 @@ class HookStatistics:
 
     @property
     def median_norm(self) -> float:
-        """Median of ||x||, read off the histogram: right to 1 % (bins are 9 % wide, interpolated within)."""
+        """Median of ||x||, read off the histogram: right to 2 % (bins are 9 % wide, interpolated within)."""
         total = np.cumsum(self.norm_histogram)
         if not len(total) or not total[-1]:
             return float("nan")

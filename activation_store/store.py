@@ -97,7 +97,7 @@ class ActivationStore:
         if dtype not in ON_DISK:
             raise InputError(f"harvest.dtype: {dtype!r} given; allowed: {', '.join(ON_DISK)}")
         ours = folder.size("zarr.json") is not None or folder.beside(".journal").names()
-        if not ours and isinstance(folder, LocalFolder) and folder.path.exists() and any(folder.path.iterdir()):
+        if not ours and not folder.empty():
             raise InputError(f"{folder}: not empty and no store; a new store would delete what is there: name another folder")
         folder.remove_all()
         sequences, context = tokens.shape
@@ -381,6 +381,7 @@ class ActivationStore:
                 table.array.write(shard, beside[name])
             for written in (array, *(table.array for table in self._tables[hook].values())):
                 written.sync(shard)
+        self.forget(shard)
 
     def checksums(self, hook: str, shard: int) -> NDArray[np.uint32]:
         """Return the crc32c written for each block of a shard, (block,)."""
@@ -404,7 +405,9 @@ class ActivationStore:
             if found.covariance is not None:
                 side = found.covariance.shape[0]
                 self.folder.write(f"{hook}/covariance/zarr.json", array_metadata((side, side), "float32"))
-                Array.open(self.folder, f"{hook}/covariance").write(0, found.covariance)
+                array = Array.open(self.folder, f"{hook}/covariance")
+                array.write(0, found.covariance)
+                array.sync(0)
             facts["covariance"] = found.covariance is not None
             as_json[hook] = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in facts.items()}
         self.change_attributes(statistics=as_json, complete=True)

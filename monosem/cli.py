@@ -161,9 +161,17 @@ def info(path: StorePath) -> None:
     from activation_store.check import info as store_info
     from monosem.progress import console
 
-    for name, value in store_info(path).items():
+    def show(name: str, value: object) -> None:
         text = f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value)
-        console.print(f"{name.replace('_', ' '):<40} {text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{name.replace('_', ' '):<32} {text}", markup=False, highlight=False)
+
+    for name, value in store_info(path).items():
+        if isinstance(value, dict):  # a hook
+            console.print(name, markup=False, highlight=False, style="bold")
+            for inner, fact in value.items():
+                show(f"  {inner}", fact)
+        else:
+            show(name, value)
 
 
 @store_app.command()

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -118,7 +119,7 @@ def _losses(
     first = store.train_sequences
     for start in range(first, first + sequences, batch):
         stop = min(start + batch, first + sequences)
-        tokens = torch.from_numpy(store.tokens[start:stop]).long().to(device)
+        tokens = torch.from_numpy(store.tokens[start:stop].astype(np.int64)).to(device)
         plain = torch.from_numpy(~store.special[start:stop]).to(device)
         everywhere = torch.ones_like(plain)
 

@@ -4,7 +4,11 @@ import contextlib
 import errno
 import json
 import os
+import signal
+import subprocess
 import tempfile
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from activation_store import InputError
-from activation_store.files import append_json_line, folder_aside, read_json_lines, write_atomic, write_json
+from activation_store.files import (
+    HOST,
+    append_json_line,
+    folder_aside,
+    is_running,
+    read_json_lines,
+    remove_leftovers,
+    sync_folder,
+    write_atomic,
+    write_json,
+)
 
 
 class Injected(Exception):
@@ -99,6 +113,121 @@ def test_the_file_is_on_disk_before_it_has_its_name_and_the_name_before_the_call
     monkeypatch.setattr(os, "replace", replace)
     write_atomic(tmp_path / "file.bin", b"x")
     assert events == ["sync file", "rename", "sync folder"]
+
+
+def test_threads_that_write_the_same_file_never_meet(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    contents = [bytes([n]) * size for n, size in ((1, 100_000), (2, 150_000), (3, 1))]
+    start = threading.Barrier(len(contents))
+    faults: list[BaseException] = []
+
+    def write(content: bytes) -> None:
+        try:
+            for _ in range(25):
+                start.wait(30)
+                write_atomic(path, content[:1], content[1:], sync=False)
+                if path.read_bytes() not in contents:
+                    raise AssertionError("half a file")
+        except BaseException as error:
+            faults.append(error)
+            start.abort()
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_a_name_can_be_made_durable_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bool] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.path.isdir(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomic(tmp_path / "file.bin", b"x", sync=False)
+    assert synced == [False]  # the bytes are on disk
+    sync_folder(tmp_path)
+    assert synced == [False, True]
+
+
+# Leftovers
+
+
+def killed_while_writing(path: Path) -> int:
+    """Let a process of its own be killed in the middle of write_atomic; return its id, which no process has any more."""
+    child = os.fork()
+    if not child:
+        os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        try:
+            write_atomic(path, b"half a file")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    return child
+
+
+def leave(path: Path, age: float = 0.0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"half a file")
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+DAY = 86_400.0
+
+
+def test_what_a_killed_process_left_is_removed_and_its_target_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "file.bin"
+    write_atomic(path, b"old")
+    dead = killed_while_writing(path)
+    (left,) = [name for name in os.listdir(path.parent) if name != "file.bin"]
+    assert f"~{dead}-" in left
+    folder = tmp_path / f".sae~{HOST}~{dead}-7.tmp"  # a folder_aside that was cut off
+    leave(folder / "weights.safetensors")
+    leave(folder / f".config~{HOST}~{dead}-8.tmp")
+    remove_leftovers(tmp_path)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["file.bin"]
+    assert not folder.exists()
+
+
+def test_what_others_may_be_writing_stays_until_it_is_a_day_old(tmp_path: Path) -> None:
+    dead = killed_while_writing(tmp_path / "file.bin")
+    alive = subprocess.Popen(["sleep", "60"])
+    try:
+        fresh = [
+            leave(tmp_path / f".a~{HOST}~{alive.pid}-0.tmp", DAY / 2),
+            leave(tmp_path / f".b~{HOST}~{os.getpid()}-3.tmp"),
+            leave(tmp_path / "c" / f".c~not-{HOST}.example.org~{dead}-0.tmp", DAY - 600),
+            leave(tmp_path / f".d~e~elsewhere~{alive.pid}-0.tmp"),
+        ]
+        old = [
+            leave(tmp_path / f".a~{HOST}~{alive.pid}-1.tmp", DAY + 600),
+            leave(tmp_path / "c" / f".c~elsewhere~{dead}-1.tmp", DAY + 600),
+            leave(tmp_path / f".d~{HOST}~{dead}-1.tmp"),
+        ]
+        others = [leave(tmp_path / name, 9 * DAY) for name in ("notes.tmp", ".hidden", f"a~{HOST}~{dead}-1.txt")]
+        remove_leftovers(tmp_path)
+        assert [path for path in fresh + old + others if path.exists()] == fresh + others
+        assert is_running(HOST, alive.pid)
+    finally:
+        alive.kill()
+        alive.wait()
+    assert not is_running(HOST, alive.pid)
+    assert is_running("elsewhere", alive.pid)
+    remove_leftovers(tmp_path)
+    assert [path for path in fresh if path.exists()] == fresh[1:]
+
+
+def test_nothing_is_left_over_where_there_is_no_folder(tmp_path: Path) -> None:
+    remove_leftovers(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 # write_json
