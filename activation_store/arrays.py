@@ -4,13 +4,14 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from activation_store.errors import InputError, first_line
-from activation_store.folders import Folder, Read
+from activation_store.folders import Folder, Read, Then
 
 
 def crc32c(data: Any, value: int = 0) -> int:
@@ -61,7 +62,7 @@ class Array:
         """Count the chunks."""
         return -(-self.shape[0] // self.rows)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row."""
         return int(np.prod(self.shape[1:], dtype=np.int64)) * self.disk.itemsize
@@ -137,11 +138,17 @@ class Array:
             "and the same harvest run again fills them in"
         )
 
-    def read_many(self, spans: Sequence[tuple[int, memoryview]]) -> None:
-        """Fill each buffer with the rows from `start` on: (start, buffer), each within one chunk. Not verified."""
-        reads: list[Read] = [(self.file(start // self.rows), start % self.rows * self.row_bytes, to) for start, to in spans]
+    def expect(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Say that `length` bytes from row `start` on will be read soon: (start, length), each within one chunk."""
+        files = {chunk: self.file(chunk) for chunk in {start // self.rows for start, _ in spans}}
+        self.folder.expect([(files[start // self.rows], start % self.rows * self.row_bytes, n) for start, n in spans])
+
+    def read_many(self, spans: Sequence[tuple[int, memoryview]], then: Then) -> None:
+        """Fill each buffer with the rows from `start` on: (start, buffer), each within one chunk. `then` may verify it."""
+        files = {chunk: self.file(chunk) for chunk in {start // self.rows for start, _ in spans}}
+        reads: list[Read] = [(files[start // self.rows], start % self.rows * self.row_bytes, to) for start, to in spans]
         try:
-            self.folder.read_many(reads)
+            self.folder.read_many(reads, then)
         except (FileNotFoundError, EOFError):
             for chunk in sorted({start // self.rows for start, _ in spans}):
                 size = self.folder.size(self.file(chunk))

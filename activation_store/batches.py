@@ -1,9 +1,11 @@
-"""Batches of shuffled rows: one thread reads blocks into a ring of turns, another cuts batches out of it, ahead of use."""
+"""Batches of shuffled rows: threads read blocks into a ring of turns, deal them out and cut batches, all ahead of use."""
 
 import contextlib
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -14,10 +16,23 @@ from torch import Tensor
 
 from activation_store.dtypes import ON_DISK, TORCH, bytes_a_row, decode
 from activation_store.errors import InputError
-from activation_store.shuffle import WINDOW, Epoch, Ints, Kept, Layout, ShuffleQuality, Source, draws_from, measure
+from activation_store.shuffle import (
+    SLOTS,
+    WINDOW,
+    Epoch,
+    Ints,
+    Kept,
+    Layout,
+    ShuffleQuality,
+    Source,
+    draws_from,
+    measure,
+    turns_from,
+)
 
 Item = Any  # a (batch, d) tensor, or a tuple of them when several hooks are drawn
 _AHEAD = 2  # batches made before they are asked for
+_PIECE = 1 << 19  # bytes of float32 made at once: memory is what limits reading, and a core's cache holds this much
 
 
 class Batches:
@@ -29,7 +44,7 @@ class Batches:
     def __init__(
         self, source: Source, hooks: tuple[str, ...], single: bool, *, batch_size: int, seed: int, start: int,
         epochs: int | None, split: str, memory_mb: float, max_norm_multiple: float | None,
-        device: torch.device | str | None, region_shards: int | None = None,
+        device: torch.device | str | None, as_stored: bool = False, region_shards: int | None = None,
     ) -> None:  # fmt: skip
         """Draw from `source`; see `ActivationStore.batches`."""
         if split not in ("train", "held_out"):
@@ -49,13 +64,16 @@ class Batches:
         self.source, self.hooks, self.single, self.batch_size, self.seed, self.start, self.epochs = (
             source, hooks, single, batch_size, seed, start, epochs,
         )  # fmt: skip
+        if as_stored and any(source.dtype(hook) == "int8" for hook in hooks):
+            raise InputError("as_stored: True given, but int8 rows mean nothing without their scales; leave it out")
+        self.as_stored = as_stored
         self.device = None if device is None else torch.device(device)
         known = source.norms_known
         self._limits = {} if max_norm_multiple is None else {hook: source.norm_limit(hook, max_norm_multiple) for hook in hooks}
         self._kept = Kept(source, split, self._limits if known else {}, whole_shards=region_shards is not None)
         self._late = {} if known else self._limits  # limits that can only be applied once the rows are there
         block = source.block_rows * sum(bytes_a_row(source.width(hook), source.dtype(hook)) for hook in hooks)
-        slot = int(memory_mb * (1 << 20)) // (WINDOW + 1) // block
+        slot = int(memory_mb * (1 << 20)) // SLOTS // block
         if region_shards is not None:  # a turn must not reach over more than two regions
             slot = min(slot, region_shards * source.shard_blocks)
         self.layout = Layout(max(1, min(slot, -(-self._kept.blocks // WINDOW))), region_shards)
@@ -124,18 +142,20 @@ class Batches:
     def _draw(self, start: int, epochs: int | None) -> Iterator[Item]:
         maker = _OnCuda(self, self.device) if self.device is not None and self.device.type == "cuda" else _OnCpu(self)
         ring = _Ring(self)
-        draws: Iterable[Any] = ring.read(start * self.batch_size, epochs)
+        turns: Iterable[Any] = ring.fill(start * self.batch_size, epochs)
+        draws: Iterable[Any] = ring.deal(turns, start * self.batch_size, epochs)
         found: Iterable[Any] = ring.cut(draws, maker)
         if self.source.in_background:
-            draws = _Background(draws, 1, ring.stopped, "batches-read")
+            turns = _Background(turns, SLOTS, ring.stopped, "batches-fill")
+            draws = _Background(ring.deal(turns, start * self.batch_size, epochs), 1, ring.stopped, "batches-deal")
             found = _Background(ring.cut(draws, maker), _AHEAD, ring.stopped, "batches-cut")
         try:
             for item in found:
                 tensors = maker.arrived(item)
                 yield tensors[0] if self.single else tensors
         finally:
-            ring.stopped.set()
-            for work in (found, draws):
+            ring.close()
+            for work in (found, draws, turns):
                 if isinstance(work, _Background):
                     work.thread.join()
 
@@ -183,10 +203,10 @@ class _Background:
 
 
 class _Ring:
-    """WINDOW + 1 slots, each one turn of blocks of every hook, as they lie on disk.
+    """SLOTS slots, each one turn of blocks of every hook, as they lie on disk.
 
-    `read` fills a slot while `cut` takes the rows of a draw out of the others; a slot is free again once the last draw
-    that needs it has been given out.
+    `fill` reads turns into free slots, `deal` works out which rows make a draw, `cut` gathers them; a slot is free again
+    once the last draw that needs it has been given out.
     """
 
     def __init__(self, batches: Batches) -> None:
@@ -194,19 +214,34 @@ class _Ring:
         self.stopped = threading.Event()
         source = batches.source
         self.slot_rows = batches.layout.turn_blocks * source.block_rows
-        rows = (WINDOW + 1) * self.slot_rows
+        rows = SLOTS * self.slot_rows
         dtypes = [source.dtype(hook) for hook in batches.hooks]
         self.raw = [  # pages take memory when they are first written
             np.empty((rows, source.width(hook)), ON_DISK[dtype]) for hook, dtype in zip(batches.hooks, dtypes, strict=True)
         ]
         self.scales = [np.empty(rows, np.float32) if dtype == "int8" else None for dtype in dtypes]
+        self.scout = ThreadPoolExecutor(1, thread_name_prefix="batches-expect") if source.in_background else None
         self.free: queue.Queue[int] = queue.Queue()
-        for slot in range(WINDOW + 1):
+        for slot in range(SLOTS):
             self.free.put(slot)
 
-    def read(self, position: int, epochs: int | None) -> Iterator[Any]:
-        """Yield draws from row `position` of the stream on: (places in the ring, slots that are free afterwards)."""
+    def fill(self, position: int, epochs: int | None) -> Iterator[int]:
+        """Read turns into free slots, in the order in which draws need them; yield the slot of each."""
         batches, source = self.batches, self.batches.source
+        for order, turn in turns_from(batches._kept, batches.layout, batches.seed, position, epochs):
+            slot = _wait(self.free.get, self.stopped)
+            if turn + 1 < order.turns:  # the disk fetches one turn while the one before is copied and summed
+                self._expect(order.blocks(turn + 1))
+            blocks = order.blocks(turn)
+            room = slice(slot * self.slot_rows, slot * self.slot_rows + len(blocks) * source.block_rows)
+            rooms = [(x[room], None if s is None else s[room]) for x, s in zip(self.raw, self.scales, strict=True)]
+            source.fill(blocks, dict(zip(batches.hooks, rooms, strict=True)))
+            yield slot
+
+    def deal(self, turns: Iterable[int], position: int, epochs: int | None) -> Iterator[Any]:
+        """Yield draws from row `position` of the stream on: (places in the ring, slots that are free afterwards)."""
+        batches = self.batches
+        slots = iter(turns)
         at: dict[int, int] = {}  # turn -> slot
         epoch = -1
         for order, draw, skip in draws_from(batches._kept, batches.layout, batches.seed, position, epochs):
@@ -215,23 +250,32 @@ class _Ring:
             window = order.window(draw)
             for turn in window:
                 if turn not in at:
-                    at[turn] = _wait(self.free.get, self.stopped)
-                    blocks = order.blocks(turn)
-                    first = at[turn] * self.slot_rows
-                    room = slice(first, first + len(blocks) * source.block_rows)
-                    rooms = [(x[room], None if s is None else s[room]) for x, s in zip(self.raw, self.scales, strict=True)]
-                    source.fill(blocks, dict(zip(batches.hooks, rooms, strict=True)))
-            rows, turns, places = order.draw(draw)
-            slots = np.array([at[turn] for turn in window])[turns - window.start]
+                    at[turn] = next(slots)
+            rows, turn_of, places = order.draw(draw)
+            index = np.array([at[turn] for turn in window])[turn_of - window.start] * self.slot_rows + places
             done = [at.pop(turn) for turn in window if turn == draw or draw == order.draws - 1]
-            index = slots * self.slot_rows + places
             if batches._late:
-                loud = source.loud(batches._late, rows)
-                if len(rows) and loud.all():
-                    raise InputError(f"max_norm_multiple: every one of {len(rows)} rows is above the limit; allow more")
-                batches.left_out["norm_outliers"] += int(loud[skip:].sum())
-                index[loud] = np.resize(index[~loud], int(loud.sum()))
+                self._replace_loud(index, rows, skip)
             yield index[skip:], done
+
+    def _expect(self, blocks: Ints) -> None:
+        if self.scout is not None:
+            self.scout.submit(self.batches.source.expect, blocks, self.batches.hooks)
+
+    def close(self) -> None:
+        """End whatever runs in the background."""
+        self.stopped.set()
+        if self.scout is not None:
+            self.scout.shutdown(cancel_futures=True)
+
+    def _replace_loud(self, index: Ints, rows: Ints, skip: int) -> None:
+        """Put other rows of the draw in the places of those above a limit, which is only known now."""
+        batches = self.batches
+        loud = batches.source.loud(batches._late, rows)
+        if len(rows) and loud.all():
+            raise InputError(f"max_norm_multiple: every one of {len(rows)} rows is above the limit; allow more")
+        batches.left_out["norm_outliers"] += int(loud[skip:].sum())
+        index[loud] = np.resize(index[~loud], int(loud.sum()))
 
     def cut(self, draws: Iterable[Any], maker: "_OnCpu | _OnCuda") -> Iterator[Any]:
         """Yield batches cut out of draws; the last one may be short."""
@@ -256,32 +300,63 @@ class _Ring:
             yield maker.done(batch, filled)
 
 
+class _Memory:
+    """Arrays that are used again once no tensor of them is left: page faults of fresh ones cost more than the copy."""
+
+    KEPT = 16
+
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.arrays: list[NDArray[Any]] = [np.empty(shape, dtype)]
+        self.idle = sys.getrefcount(self.arrays[0])  # of an array that nobody else holds
+
+    def next(self) -> NDArray[Any]:
+        """Return an array that nobody holds; a tensor made of it, or of a view of it, holds it until it is gone itself."""
+        for number in range(len(self.arrays)):
+            if sys.getrefcount(self.arrays[number]) == self.idle:
+                return self.arrays[number]
+        fresh = np.empty(self.shape, self.dtype)
+        if len(self.arrays) < self.KEPT:
+            self.arrays.append(fresh)
+        return fresh
+
+
 class _OnCpu:
-    """Makes float32 batches in ordinary memory; a device that is neither CPU nor CUDA gets copies of them."""
+    """Makes batches in ordinary memory; a device that is neither CPU nor CUDA gets copies of them."""
 
     def __init__(self, batches: Batches) -> None:
-        self.device = batches.device
-        self.shapes = [(batches.batch_size, batches.source.width(hook)) for hook in batches.hooks]
+        self.device, self.as_stored = batches.device, batches.as_stored
+        shapes = [(batches.batch_size, batches.source.width(hook)) for hook in batches.hooks]
         self.dtypes = [batches.source.dtype(hook) for hook in batches.hooks]
-        self.scratch = [np.empty(shape, ON_DISK[dtype]) for shape, dtype in zip(self.shapes, self.dtypes, strict=True)]
+        made = [ON_DISK[dtype] if self.as_stored else np.dtype(np.float32) for dtype in self.dtypes]
+        self.memory = [_Memory(shape, dtype) for shape, dtype in zip(shapes, made, strict=True)]
+        self.scratch = [
+            np.empty((max(1, _PIECE // (4 * width)), width), ON_DISK[dtype])
+            for (_, width), dtype in zip(shapes, self.dtypes, strict=True)
+        ]
 
-    def new(self) -> list[Tensor]:
-        return [torch.empty(shape, dtype=torch.float32) for shape in self.shapes]
+    def new(self) -> list[NDArray[Any]]:
+        return [memory.next() for memory in self.memory]
 
     def take(
-        self, batch: list[Tensor], number: int, filled: int, raw: NDArray[Any], scales: NDArray[np.float32] | None, index: Ints
-    ) -> None:
-        """Write rows `index` of the ring into rows `filled`... of a batch.
+        self, batch: list[NDArray[Any]], number: int, filled: int, raw: NDArray[Any],
+        scales: NDArray[np.float32] | None, index: Ints,
+    ) -> None:  # fmt: skip
+        """Write rows `index` of the ring into rows `filled`... of a batch, a piece that fits the cache at a time."""
+        out = batch[number][filled : filled + len(index)]
+        if self.as_stored:
+            np.take(raw, index, axis=0, out=out, mode="clip")
+            return
+        step = len(self.scratch[number])
+        for start in range(0, len(index), step):
+            rows = index[start : start + step]
+            scratch = self.scratch[number][: len(rows)]
+            np.take(raw, rows, axis=0, out=scratch, mode="clip")  # the indices are ours; any other mode would copy twice
+            decode(scratch, self.dtypes[number], None if scales is None else scales[rows], out[start : start + step])
 
-        Few large calls rather than many that fit the cache: between two calls this thread may have to wait for the GIL.
-        """
-        out = batch[number].numpy()[filled : filled + len(index)]
-        scratch = self.scratch[number][: len(index)]
-        np.take(raw, index, axis=0, out=scratch, mode="clip")  # the indices are ours; any other mode would copy twice
-        decode(scratch, self.dtypes[number], scales[index] if scales is not None else None, out)
-
-    def done(self, batch: list[Tensor], rows: int) -> tuple[Tensor, ...]:
-        return tuple(x[:rows] for x in batch)
+    def done(self, batch: list[NDArray[Any]], rows: int) -> tuple[Tensor, ...]:
+        found = [torch.from_numpy(x[:rows]) for x in batch]
+        return tuple(x.view(TORCH[dtype]) if self.as_stored else x for x, dtype in zip(found, self.dtypes, strict=True))
 
     def arrived(self, item: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return item if self.device is None else tuple(x.to(self.device) for x in item)
@@ -295,7 +370,7 @@ class _OnCuda:
     """
 
     def __init__(self, batches: Batches, device: torch.device) -> None:
-        self.device = device
+        self.device, self.as_stored = device, batches.as_stored
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.dtypes = [batches.source.dtype(hook) for hook in batches.hooks]
         self.pinned = []
@@ -327,7 +402,8 @@ class _OnCuda:
         with torch.cuda.stream(self.stream):
             found = []
             for raw, scale in zip(arrays, scales, strict=True):
-                x = raw[:rows].to(self.device, non_blocking=True).float()
+                x = raw[:rows].to(self.device, non_blocking=True)
+                x = x if self.as_stored else x.float()
                 found.append(x if scale is None else x * scale[:rows].to(self.device, non_blocking=True)[:, None])
             event.record(self.stream)
         return (*found, event)

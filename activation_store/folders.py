@@ -7,10 +7,8 @@ processes can create, and many small reads at once. Names are relative to the fo
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -21,7 +19,11 @@ from activation_store.files import Payload, full_disk_is_input, remove_leftovers
 
 # One read: file, offset in bytes, and the writable buffer to be filled.
 Read = tuple[str, int, memoryview]
-_READERS = 4  # threads a local read is split over; each asks the kernel for all its blocks before it takes the first
+# A stretch of a file: its name, offset and length in bytes.
+Stretch = tuple[str, int, int]
+
+
+Then = Callable[[int], None]
 
 
 class Folder(Protocol):
@@ -45,8 +47,14 @@ class Folder(Protocol):
     def read(self, name: str) -> bytes:
         """Return a whole file. Raises FileNotFoundError."""
 
-    def read_many(self, reads: Sequence[Read]) -> None:
-        """Fill every buffer. Raises FileNotFoundError, or EOFError naming a file that ends too early."""
+    def expect(self, places: Sequence[Stretch]) -> None:
+        """Say what will be read soon, where that helps; return without waiting for it to arrive."""
+
+    def read_many(self, reads: Sequence[Read], then: Then = lambda number: None) -> None:
+        """Fill every buffer, and call `then` with the number of each read once it is there, while it is in the cache.
+
+        Raises FileNotFoundError, or EOFError naming a file that ends too early, or what `then` raises.
+        """
 
     def size(self, name: str) -> int | None:
         """Return a file's length in bytes, or None where there is none."""
@@ -68,6 +76,15 @@ class Folder(Protocol):
 
     def remove_leftovers(self) -> None:
         """Delete what killed writers left half written."""
+
+
+def _fill(name: str, file: int, offset: int, buffer: memoryview) -> None:
+    got = 0
+    while got < len(buffer):
+        more = os.preadv(file, [buffer[got:]], offset + got)
+        if not more:
+            raise EOFError(name)
+        got += more
 
 
 @dataclass(frozen=True)
@@ -111,48 +128,22 @@ class LocalFolder:
         """See `Folder`."""
         return (self.path / name).read_bytes()
 
-    def read_many(self, reads: Sequence[Read]) -> None:
-        """See `Folder`. Reads should come sorted by file and offset, as a disk likes them."""
-        if len(reads) < 64:
-            self._read_in_turn(reads)
+    def expect(self, places: Sequence[Stretch]) -> None:
+        """See `Folder`. The kernel fetches all of it into its page cache: a deep queue at the disk, though one thread asks."""
+        if not hasattr(os, "posix_fadvise"):
             return
-        share = -(-len(reads) // _READERS)
-        parts = [reads[start : start + share] for start in range(0, len(reads), share)]
-        for _ in self._readers.map(self._read_in_turn, parts):
-            pass
+        for name, group in groupby(places, key=itemgetter(0)):
+            with contextlib.suppress(OSError), open(self.path / name, "rb", buffering=0) as file:  # reading says what is wrong
+                for _, offset, length in group:
+                    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
-    @cached_property
-    def _readers(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_READERS, thread_name_prefix="store-read")
-
-    def _read_in_turn(self, reads: Sequence[Read]) -> None:
-        with contextlib.ExitStack() as stack:
-            opened: list[tuple[int, list[Read]]] = []
-            for name, group in groupby(reads, key=itemgetter(0)):
-                file = os.open(self.path / name, os.O_RDONLY)
-                stack.callback(os.close, file)
-                wanted = list(group)
-                opened.append((file, wanted))
-                if len(opened) > 512:  # stay far from the limit of open files
-                    self._fill(opened)
-                    stack.close()
-                    opened = []
-            self._fill(opened)
-
-    @staticmethod
-    def _fill(opened: list[tuple[int, list[Read]]]) -> None:
-        if hasattr(os, "posix_fadvise"):
-            for file, reads in opened:
-                for _, offset, buffer in reads:  # all at once: the disk sees a deep queue, though one thread reads
-                    os.posix_fadvise(file, offset, len(buffer), os.POSIX_FADV_WILLNEED)
-        for file, reads in opened:
-            for name, offset, buffer in reads:
-                got = os.preadv(file, [buffer], offset)
-                while got < len(buffer):
-                    more = os.preadv(file, [buffer[got:]], offset + got)
-                    if not more:
-                        raise EOFError(name)
-                    got += more
+    def read_many(self, reads: Sequence[Read], then: Then = lambda number: None) -> None:
+        """See `Folder`. Reads should come sorted by file and offset, as a disk likes them."""
+        for name, group in groupby(enumerate(reads), key=lambda item: item[1][0]):
+            with open(self.path / name, "rb", buffering=0) as file:
+                for number, (_, offset, buffer) in group:
+                    _fill(name, file.fileno(), offset, buffer)
+                    then(number)
 
     def size(self, name: str) -> int | None:
         """See `Folder`."""

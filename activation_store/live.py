@@ -76,6 +76,9 @@ class _Live:
         """Return `multiple` times the median norm of the sample."""
         return multiple * self.statistics(hook).median_norm
 
+    def expect(self, blocks: Ints, hooks: Sequence[str]) -> None:
+        """Do nothing: what is not computed yet cannot be fetched ahead."""
+
     def loud(self, limits: Mapping[str, float], rows: Ints) -> NDArray[np.bool_]:
         """Mark rows, all computed before, whose norm is above a hook's limit."""
         found: NDArray[np.bool_] = np.zeros(len(rows), bool)
@@ -95,6 +98,7 @@ class _Live:
         memory_mb: float = 1024,
         max_norm_multiple: float | None = None,
         device: torch.device | str | None = None,
+        as_stored: bool = False,
     ) -> Batches:
         """As `ActivationStore.batches`, and by the same code; only two things differ.
 
@@ -107,7 +111,7 @@ class _Live:
             raise InputError(f"hook {unknown[0]!r} is not harvested; allowed: {', '.join(self.hooks)}")
         return Batches(
             cast(Source, self), hooks, isinstance(hook, str), batch_size=batch_size, seed=seed, start=start, epochs=epochs,
-            split=split, memory_mb=memory_mb, max_norm_multiple=max_norm_multiple, device=device,
+            split=split, memory_mb=memory_mb, max_norm_multiple=max_norm_multiple, device=device, as_stored=as_stored,
             region_shards=self._region_shards,
         )  # fmt: skip
 

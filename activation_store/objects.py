@@ -11,7 +11,7 @@ from typing import Any
 
 from activation_store.errors import InputError, first_line
 from activation_store.files import Payload
-from activation_store.folders import Read
+from activation_store.folders import Read, Stretch, Then
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,10 @@ class ObjectFolder:
                 found = b""
         return found
 
-    def read_many(self, reads: Sequence[Read]) -> None:
+    def expect(self, places: Sequence[Stretch]) -> None:
+        """See `Folder`. Nothing to do: requests go out many at once anyhow."""
+
+    def read_many(self, reads: Sequence[Read], then: Then = lambda number: None) -> None:
         """See `Folder`. Many ranges are asked for at once; the driver keeps as many requests in flight as it may."""
         pieces = [
             (name, offset + start, buffer[start : start + self.PIECE])
@@ -138,6 +141,8 @@ class ObjectFolder:
         sizes = accumulate(len(buffer) for _, _, buffer in pieces)
         for _, group in groupby(zip(sizes, pieces, strict=True), key=lambda item: (item[0] - 1) // self.AT_ONCE):
             self._read_at_once([piece for _, piece in group])
+        for number in range(len(reads)):
+            then(number)
 
     def _read_at_once(self, reads: Sequence[Read]) -> None:
         paths = [self._of(name) for name, _, _ in reads]

@@ -7,7 +7,7 @@ as many blocks as memory holds, from all over the store; where the store fits in
 all permutations. Any draw can be worked out by itself: that is the exact seek.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from activation_store.arrays import new_table
 from activation_store.errors import InputError
 
-WINDOW = 7
-"""Turns that are mixed together. One more is being read meanwhile, so that memory holds WINDOW + 1 of them."""
+WINDOW = 14
+"""Turns that are mixed together."""
+SLOTS = 16
+"""Turns that memory holds: those of the window, and two that are read meanwhile."""
 _ROUNDS = 6
 Ints = NDArray[np.int64]
 Room = tuple[NDArray[Any], NDArray[np.float32] | None]
@@ -54,6 +56,7 @@ class Source(Protocol):
     def norm_limit(self, hook: str, multiple: float) -> float: ...  # noqa: D102
     def norms(self, hook: str, shard: int) -> NDArray[np.float32]: ...  # noqa: D102
     def loud(self, limits: Mapping[str, float], rows: Ints) -> NDArray[np.bool_]: ...  # noqa: D102
+    def expect(self, blocks: Ints, hooks: Sequence[str]) -> None: ...  # noqa: D102
     def fill(self, blocks: Ints, into: Mapping[str, Room]) -> None:
         """Read whole blocks, ascending, of several hooks: each `Room` is raw (rows, d) as on disk, and scales for int8."""
 
@@ -261,6 +264,16 @@ def draws_from(
         for draw in range(first, epoch.draws):
             yield epoch, draw, max(0, skip - int(epoch.starts[draw]))
         number, skip = number + 1, 0
+
+
+def turns_from(kept: Kept, layout: Layout, seed: int, position: int, epochs: int | None) -> Iterator[tuple[Epoch, int]]:
+    """Yield (epoch, turn) in the order in which the draws of `draws_from` first need them."""
+    last = (-1, -1)
+    for epoch, draw, _ in draws_from(kept, layout, seed, position, epochs):
+        for turn in epoch.window(draw):
+            if (epoch.number, turn) > last:
+                last = (epoch.number, turn)
+                yield epoch, turn
 
 
 @dataclass(frozen=True)

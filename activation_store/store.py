@@ -26,6 +26,7 @@ from activation_store.layout import SCHEMA, array_metadata, group_metadata
 from activation_store.shuffle import Ints, Room
 from activation_store.statistics import HookStatistics
 
+_RUN_BYTES = 1 << 20  # neighbouring blocks are read in one go up to here: they are verified while still in the cache
 IntRows = Sequence[int] | NDArray[np.integer[Any]] | slice
 Place = str | os.PathLike[str] | Folder
 
@@ -282,28 +283,49 @@ class ActivationStore:
         for hook, (raw, scales) in into.items():
             self._fill(hook, blocks, raw, scales)
 
+    def expect(self, blocks: Ints, hooks: Sequence[str]) -> None:
+        """Say that these blocks of these hooks will be read soon: the disk may begin."""
+        for hook in hooks:
+            starts, _, first, rows = self._runs(hook, blocks)
+            step = self._array(hook).row_bytes
+            self._array(hook).expect([(int(starts[a]), n * step) for a, n in zip(first, rows, strict=True) if n])
+
+    def _runs(self, hook: str, blocks: Ints) -> tuple[Ints, Ints, list[int], list[int]]:
+        """Return the first row and the rows of each block; and of each run of neighbours its first block and its rows.
+
+        Neighbours on disk are neighbours in memory too: one read fetches a run of them.
+        """
+        starts = self.block_start(blocks)
+        ends = np.minimum((starts // self.shard_rows + 1) * self.shard_rows, self._array(hook).shape[0])
+        counts: Ints = np.clip(ends - starts, 0, self.block_rows)
+        share = max(1, _RUN_BYTES // (self.block_rows * self._array(hook).row_bytes))
+        joined = (np.diff(blocks) == 1) & (blocks[1:] % self.shard_blocks != 0) & (np.arange(1, len(blocks)) % share != 0)
+        first = np.flatnonzero(np.r_[True, ~joined][: len(blocks)])
+        filled = np.r_[0, np.cumsum(counts)]
+        rows = filled[np.r_[first[1:], len(blocks)]] - filled[first]
+        return starts, counts, first.tolist(), rows.tolist()
+
     def _fill(self, hook: str, blocks: Ints, raw: NDArray[Any], scales: NDArray[np.float32] | None) -> None:
         array, size = self._array(hook), self.block_rows
-        starts = self.block_start(blocks)
-        ends = np.minimum((starts // self.shard_rows + 1) * self.shard_rows, array.shape[0])
-        counts = np.clip(ends - starts, 0, size)
-        checks = self._tables[hook]["checksums"].load(np.unique(blocks // self.shard_blocks))[blocks].tolist()
+        starts, counts, first, rows = self._runs(hook, blocks)
+        shards = np.unique(blocks // self.shard_blocks)
+        checks = self._tables[hook]["checksums"].load(shards)[blocks].tolist()
         data, step = bytes_of(raw), array.row_bytes
-        views = [data[k * size * step : (k * size + n) * step] for k, n in enumerate(counts.tolist())]
-        # Neighbours on disk are neighbours in `raw` too: one read fetches a run of them.
-        joined = (np.diff(blocks) == 1) & (np.diff(starts) == size) & (blocks[1:] % self.shard_blocks != 0)
-        first = np.flatnonzero(np.r_[True, ~joined][: len(blocks)])
-        last = np.r_[first[1:], len(blocks)] - 1
-        filled = np.r_[0, np.cumsum(counts)]
-        runs = zip(first.tolist(), (filled[last + 1] - filled[first]).tolist(), strict=True)
-        array.read_many([(int(starts[a]), data[a * size * step :][: n * step]) for a, n in runs if n])
-        for k, (view, expected) in enumerate(zip(views, checks, strict=True)):
-            if len(view) and crc32c(view) != expected:
-                row = int(starts[k])
-                raise array.damage(row // self.shard_rows, f"one of the {counts[k]} rows from {row} on was changed")
+        runs = [run for run in zip(first, [*first[1:], len(blocks)], rows, strict=True) if run[2]]
+        lengths, begins = counts.tolist(), starts.tolist()
+
+        def verify(number: int) -> None:
+            for k in range(*runs[number][:2]):
+                start = k * size * step
+                if lengths[k] and crc32c(data[start : start + lengths[k] * step]) != checks[k]:
+                    chunk = begins[k] // self.shard_rows
+                    raise array.damage(chunk, f"one of the {lengths[k]} rows from {begins[k]} on was changed")
+
+        spans = [(begins[a], data[a * size * step : (a * size + n) * step]) for a, _, n in runs]
+        array.read_many(spans, verify)
         if scales is not None:
-            table = self._tables[hook]["scales"].load(np.unique(blocks // self.shard_blocks))
             at = starts[:, None] + np.arange(size)
+            table = self._tables[hook]["scales"].load(shards)
             scales[:] = table[np.minimum(at, array.shape[0] - 1)].reshape(-1)
 
     def batches(
@@ -318,6 +340,7 @@ class ActivationStore:
         memory_mb: float = 1024,
         max_norm_multiple: float | None = None,
         device: torch.device | str | None = None,
+        as_stored: bool = False,
     ) -> Batches:
         """Return shuffled batches of `hook`, special tokens and padding out: an iterable of (batch, d) float32 tensors.
 
@@ -329,13 +352,14 @@ class ActivationStore:
         memory_mb bounds what is held for mixing (docs/store.md, "Shuffling"; `Batches.quality` measures it).
         max_norm_multiple leaves out rows whose norm is above that multiple of the hook's median norm (attention sinks).
         Reading runs ahead in the background; `device` says where batches shall be (CUDA: by pinned, asynchronous copies).
+        as_stored hands rows out in the dtype on disk instead of float32 (not int8): half the memory traffic for bfloat16.
         """
         hooks = (hook,) if isinstance(hook, str) else tuple(hook)
         for name in hooks:
             self._array(name)
         return Batches(
             self, hooks, isinstance(hook, str), batch_size=batch_size, seed=seed, start=start, epochs=epochs, split=split,
-            memory_mb=memory_mb, max_norm_multiple=max_norm_multiple, device=device,
+            memory_mb=memory_mb, max_norm_multiple=max_norm_multiple, device=device, as_stored=as_stored,
         )  # fmt: skip
 
     # Writing, shard by shard
@@ -424,3 +448,4 @@ class ActivationStore:
         text = json.dumps(meta, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         self.folder.write("zarr.json", text.encode())
         self.attrs = meta["attributes"]
+

@@ -1,9 +1,10 @@
 """The store against the disk, and against three other ways to write and read the same Zarr chunks.
 
 In one run, for d = 576 and d = 4096 in bfloat16: a plain sequential write of the bytes (one file, fsync included) and a
-plain read of whole chunk files, beside our writing of shards (checksums and fsync included) and our shuffled, verified
-float32 batches; then the same chunks by zarr-python, by zarr-python with the zarrs codec pipeline, and by tensorstore.
-Reads are from the disk, not from memory: files are put out of the page cache first. Ways take turns; medians over rounds.
+plain read of whole chunk files, beside our writing of shards (checksums and fsync included) and one shuffled, verified
+epoch of batches, as stored against plain bytes, as float32 against plain chunks made float32; then the same chunks by
+zarr-python, by zarr-python with the zarrs codec pipeline, and by tensorstore. Reads are from the disk, not from memory:
+files are put out of the page cache first. Ways take turns; medians over rounds.
 Then the share of the time that the trainer waits for batches, and the memory that reading a large store takes.
 
     python benchmarks/store.py [--gigabytes 2] [--rounds 5] [--folder DIR] [--peers] [--memory-gigabytes 12]
@@ -172,40 +173,67 @@ def peers(folder: Path, array: Array, values: np.ndarray) -> dict[str, dict[str,
     return found
 
 
+def read_as_float32(array: Array) -> None:
+    """What it takes to have whole chunks as float32 with nothing but NumPy and torch: no shuffling, no verification."""
+    buffer = bytearray(array.chunk_bytes)
+    for chunk in range(array.chunks):
+        with open(Path(str(array.folder)) / array.file(chunk), "rb", buffering=0) as file:
+            file.readinto(buffer)
+        torch.frombuffer(buffer, dtype=torch.bfloat16, count=(len(buffer) - 4) // 2).float()
+
+
 def speeds(root: Path, width: int, gigabytes: float, rounds: int, with_peers: bool) -> dict[str, Any]:
     shard = round(32e6 / (width * 2 * CONTEXT))
     values = torch.randn((shard * CONTEXT, width)).to(torch.bfloat16)
     raw = values.view(torch.uint16).numpy()
-    runs: dict[str, list[float]] = {name: [] for name in ("plain_write", "write", "plain_read", "read")}
+    names = ("plain_write", "write", "plain_read", "plain_read_float32", "read_as_stored", "read_float32")
+    runs: dict[str, list[float]] = {name: [] for name in names}
     others: list[dict[str, dict[str, float]]] = []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory(dir=root) as name:
-            folder = Path(name)
+    with tempfile.TemporaryDirectory(dir=root) as name:
+        folder = Path(name)
+        for number in range(rounds):
+            shutil.rmtree(folder / "store", ignore_errors=True)
+            os.sync()
+            plain = (write_plain, folder / "plain", raw.reshape(-1).view(np.uint8).data, round(gigabytes * 1e9 / values.nbytes))
+            amount = plain[3] * values.nbytes / 1e9
+            if number % 2:  # a disk may slow down after much writing: neither way shall always be the second
+                runs["plain_write"].append(amount / seconds_of(*plain))
             seconds, store = write_ours(folder / "store", width, gigabytes, values)
             array = store._arrays[HOOK]
             size = array.shape[0] * array.row_bytes / 1e9
             runs["write"].append(size / seconds)
-            chunk = raw.reshape(-1).view(np.uint8).data
-            runs["plain_write"].append(size / seconds_of(write_plain, folder / "plain", chunk, array.chunks))
+            if not number % 2:
+                os.sync()
+                runs["plain_write"].append(amount / seconds_of(*plain))
             (folder / "plain").unlink()
-            evict(folder)
-            runs["plain_read"].append(size / seconds_of(read_plain, array))
-            evict(folder)
-            batches = store.batches(HOOK, 2048)
-            runs["read"].append(batches.rows * array.row_bytes / 1e9 / seconds_of(drain, batches))
-            if with_peers:
-                others.append(peers(folder, array, raw))
-            quality = batches.quality()
+        if with_peers:
+            others = [peers(folder, array, raw) for _ in range(rounds)]
+        for way, as_stored in (("read_as_stored", True), ("read_float32", False)):
+            batches = store.batches(HOOK, 2048, epochs=None, as_stored=as_stored)
+            epoch, steps = iter(batches), batches.rows // batches.batch_size
+            drain(itertools.islice(epoch, steps))  # the first epoch, from memory: the ring is there from now on
+            for _ in range(rounds):
+                base = "plain_read" if as_stored else "plain_read_float32"
+                evict(folder)
+                runs[base].append(size / seconds_of(read_plain if as_stored else read_as_float32, array))
+                evict(folder)
+                rows = steps * batches.batch_size * array.row_bytes / 1e9
+                runs[way].append(rows / seconds_of(drain, itertools.islice(epoch, steps)))
+            epoch.close()
+        quality = {size: store.batches(HOOK, size).quality() for size in (2048, 4096)}
     result: dict[str, Any] = {"d": width, "gigabytes": round(size, 3), "rounds": rounds, "block_rows": store.block_rows}
     for name, rates in runs.items():
         result[f"{name}_gb_per_second"] = round(statistics.median(rates), 3)
-    for what in ("write", "read"):
-        ratios = [a / b for a, b in zip(runs[what], runs[f"plain_{what}"], strict=True)]
-        result[f"{what}_ratio"] = round(statistics.median(ratios), 3)
-        result[f"{what}_ratios"] = [round(r, 3) for r in ratios]
+    for what, base in (
+        ("write", "plain_write"), ("read_as_stored", "plain_read"), ("read_float32", "plain_read_float32"),
+    ):  # fmt: skip
+        ratios = [a / b for a, b in zip(runs[what], runs[base], strict=True)]
+        result[f"{what}_to_{base}"] = round(statistics.median(ratios), 3)
+        result[f"{what}_to_{base}_rounds"] = [round(r, 3) for r in ratios]
     for name, what in itertools.product(others[0] if others else (), ("write", "read")):
         result[f"{name}_{what}_gb_per_second"] = round(statistics.median(run[name][what] for run in others), 3)
-    result["shuffle"] = {k: round(v, 5) for k, v in vars(quality).items()} | {"entropy_share": round(quality.entropy_share, 4)}
+    result["shuffle_entropy_share_of_ideal"] = {str(n): round(found.entropy_share, 4) for n, found in quality.items()}
+    result["shuffle_adjacency"] = {str(n): [found.adjacency, found.ideal_adjacency] for n, found in quality.items()}
     return result
 
 

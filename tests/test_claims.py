@@ -54,14 +54,18 @@ def test_of_two_only_the_first_gets_a_part_until_it_lets_go(place: LocalFolder) 
 
 def test_of_many_processes_exactly_one_gets_each_part(place: LocalFolder) -> None:
     program = """
-import sys
+import random, sys, time
 from pathlib import Path
 from activation_store.claims import Claims
 from activation_store.folders import LocalFolder
 claims = Claims(LocalFolder(Path(sys.argv[1])))
 print("ready", flush=True)
 sys.stdin.readline()
-print(*[n for n in range(300) if claims.take(str(n))], flush=True)
+taken = []
+for n in random.sample(range(300), 300):
+    time.sleep(0.001)
+    taken += [n] if claims.take(str(n)) else []
+print(*taken, flush=True)
 sys.stdin.read()
 """
     command = [sys.executable, "-c", program, str(place)]
