@@ -101,7 +101,10 @@ def repair(path: Place, progress: Progress = lambda done, total: None) -> list[F
 
 
 def info(path: Place, quality: bool = True) -> dict[str, Any]:
-    """Return what a store holds: facts by name, and those of each hook under the hook's; `quality` measures its shuffle too, which reads tokens but no activations."""
+    """Return what a store holds: facts by name, and those of each hook under the name of the hook.
+
+    `quality` measures its shuffle too, which reads tokens but no activations.
+    """
     store = ActivationStore(path)
     sequences, context = store.shape
     journal = store.folder.beside(".journal")

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 from rich.markup import escape
 
-from activation_store.claims import Claims
 from activation_store.errors import InputError
 from activation_store.files import write_atomic, write_json
-from activation_store.folders import LocalFolder
 from activation_store.store import ActivationStore
 from activation_store.subject import Subject, load_subject
 from monosem.config import RunConfig, load_config
@@ -165,10 +164,8 @@ class Run:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other processes of this run from reading and writing the manifest meanwhile."""
-        folder = LocalFolder(self.folder / ".claims")
-        with Claims(folder, lease=30.0) as claims:
-            while not claims.take("manifest"):
-                time.sleep(0.05)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
             yield
 
     def _mark(self, stage: Stage, state: dict[str, Any]) -> None:
