@@ -22,7 +22,7 @@ from activation_store.claims import Claims
 from activation_store.config import DataConfig, HarvestConfig
 from activation_store.dtypes import ON_DISK, TORCH, Rows, bytes_a_row
 from activation_store.errors import InputError
-from activation_store.folders import Folder, LocalFolder, folder_at
+from activation_store.folders import Folder, folder_at
 from activation_store.hooks import HookSite, capture, locate_hooks
 from activation_store.layout import SCHEMA
 from activation_store.progress import Progress
@@ -151,7 +151,7 @@ def lay_out(
     """Tokenise the text and write everything of a store but its activations: of the whole text, or of a streamed run's sample."""
     journal = folder.beside(".journal")
     ours = folder.size("zarr.json") is not None or journal.size(_OURS) is not None
-    if not ours and isinstance(folder, LocalFolder) and folder.path.exists() and any(folder.path.iterdir()):
+    if not ours and not folder.empty():
         raise InputError(f"{folder}: not empty and no store; a new store would delete what is there: name another folder")
     widths = hook_widths(subject.model, sites, subject.device)  # first: a hook that cannot serve costs no tokenising
     rows = token_rows(data, subject.tokenizer, seed, progress)

@@ -31,7 +31,7 @@ def measure(subject: Subject, layer: int, context: int, tokens: int, batch_token
     hook = f"blocks.{layer}.hook_resid_post"
     sequences, batch = tokens // context, max(1, batch_tokens // context)
     ids = np.random.default_rng(0).integers(5, subject.model.config.vocab_size, (sequences, context), dtype=np.int32)
-    rows = TokenRows(ids, np.zeros_like(ids), sequences - 1, {}, {})
+    rows = TokenRows(ids, np.zeros_like(ids), np.zeros_like(ids), sequences - 1, {}, {})
     harvesting.token_rows = lambda *_: rows  # both sides start from token rows: reading text is not what is compared
     truncated = copy.copy(subject.model.model)
     truncated._modules = dict(subject.model.model._modules)

@@ -14,6 +14,7 @@ from stores import (
     MLP,
     RESID,
     Made,
+    create,
     drawable,
     joined,
     make,
@@ -343,3 +344,25 @@ def test_a_harvested_store_is_drawn_the_same_way(tiny_store: ActivationStore) ->
     drawn = torch.cat(list(tiny_store.batches(hook, 512, seed=0))).numpy()
     assert len(drawn) == len(kept)
     np.testing.assert_array_equal(np.sort(drawn, axis=0), np.sort(values[kept], axis=0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_as_stored_are_those_of_the_float32_batches(tmp_path: Path, dtype: str) -> None:
+    tokens = np.full((40, 7), 5, np.int32)
+    made = create(tmp_path / "s", tokens, tokens, {"h": 3}, dtype=dtype, block_bytes=48)
+    kind = getattr(torch, dtype)
+    for shard in range(made.shards):
+        span = made.shard_sequences(shard)
+        made.write_shard(shard, {"h": torch.randn(((span.stop - span.start) * 7, 3)).to(kind)})
+    made.change_attributes(complete=True)
+    stored = list(made.batches("h", 16, seed=1, as_stored=True))
+    assert {x.dtype for x in stored} == {kind}
+    floats = list(made.batches("h", 16, seed=1))
+    assert all(torch.equal(a.float(), b) for a, b in zip(stored, floats, strict=True))
+
+
+def test_int8_rows_are_not_handed_out_without_their_scales(tmp_path: Path) -> None:
+    tokens = np.full((4, 7), 5, np.int32)
+    made = create(tmp_path / "s", tokens, tokens, {"h": 3}, dtype="int8", block_bytes=48)
+    with pytest.raises(InputError, match="as_stored: True given"):
+        made.batches("h", as_stored=True)
