@@ -50,7 +50,7 @@ def test_reconstruction_figures_equal_plain_numpy(tiny_store, model):
 def test_losses_equal_a_plain_spliced_model(tiny_store, model):
     sae = sae_for(32, HOOK)
     result = evaluate(sae, tiny_store, model, EvaluateConfig(ce_sequences=6, batch_size=4))
-    tokens = torch.from_numpy(tiny_store.tokens[tiny_store.train_sequences :][:6]).long()
+    tokens = torch.from_numpy(tiny_store.tokens[tiny_store.train_sequences :][:6].copy()).long()
     plain = torch.from_numpy(~tiny_store.special[tiny_store.train_sequences :][:6])
     clean = next_token_loss(model, tokens)
 

@@ -34,7 +34,7 @@ def statistics_of(x: NDArray[np.float32], kept: NDArray[np.bool_] | None = None)
     return fold.statistics()["h"]
 
 
-entries = st.floats(-1e3, 1e3, width=32)
+entries = st.floats(-1e3, 1e3, width=32).map(lambda x: x if abs(x) > 1e-12 else 0.0)  # whose squares float32 can hold
 
 
 @given(data=st.data(), rows=st.integers(1, 60), width=st.integers(1, 5), spoil=st.sampled_from([1.0, np.inf, np.nan]))
