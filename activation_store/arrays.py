@@ -97,31 +97,28 @@ class Array:
         """Say whether a chunk's file is there at its full length."""
         return self.folder.size(self.file(chunk)) == self.chunk_bytes
 
-    def fault(self, chunk: int) -> str | None:
-        """Read a whole chunk file and say what is wrong with it; None where its checksum holds."""
+    def examine(self, chunk: int) -> tuple[NDArray[Any], str | None]:
+        """Read a whole chunk file; return its rows, and what is wrong with them: None where its checksum holds."""
         try:
             data = memoryview(self.folder.read(self.file(chunk)))
         except FileNotFoundError:
-            return "missing"
+            return np.empty((0, *self.shape[1:]), self.disk), "missing"
         if len(data) != self.chunk_bytes:
-            return f"{len(data)} bytes, expected {self.chunk_bytes}"
-        return None if crc32c(data[:-4]) == int.from_bytes(data[-4:], "little") else "checksum does not match"
+            return np.empty((0, *self.shape[1:]), self.disk), f"{len(data)} bytes, expected {self.chunk_bytes}"
+        whole = np.frombuffer(data[:-4], self.disk).reshape(self.rows, *self.shape[1:])
+        holds = crc32c(data[:-4]) == int.from_bytes(data[-4:], "little")
+        return whole[: self.length(chunk)], None if holds else "checksum does not match"
+
+    def fault(self, chunk: int) -> str | None:
+        """Say what is wrong with a chunk; None where its checksum holds."""
+        return self.examine(chunk)[1]
 
     def chunk(self, index: int) -> NDArray[Any]:
         """Return the rows of one chunk, its checksum verified. Meant for the small arrays; see `read_many` for the rest."""
-        fault = None
-        try:
-            data = self.folder.read(self.file(index))
-        except FileNotFoundError:
-            data, fault = b"", "missing"
-        if len(data) != self.chunk_bytes:
-            fault = fault or f"{len(data)} bytes, expected {self.chunk_bytes}"
-        elif crc32c(memoryview(data)[:-4]) != int.from_bytes(data[-4:], "little"):
-            fault = "checksum does not match"
+        rows, fault = self.examine(index)
         if fault:
             raise self.damage(index, fault)
-        whole = np.frombuffer(data, self.disk, count=self.rows * self.row_bytes // self.disk.itemsize)
-        return whole.reshape(self.rows, *self.shape[1:])[: self.length(index)]
+        return rows
 
     def slice(self, start: int, stop: int) -> NDArray[Any]:
         """Return rows start..stop from verified chunks."""

@@ -66,14 +66,14 @@ def verify(path: Place, progress: Progress = lambda done, total: None) -> Verdic
 
 
 def _fault(store: ActivationStore, array: Array, chunk: int) -> Fault | None:
-    what = array.fault(chunk)
+    rows, what = array.examine(chunk)
     hook, _, kind = array.name.rpartition("/")
     if what is None and kind == "activations":
         try:  # not through the store, whose tables are for one thread
             expected = Array.open(store.folder, f"{hook}/checksums").chunk(chunk)
         except InputError:
             return None  # reported with the checksums themselves
-        found = store.block_checksums(array.chunk(chunk))
+        found = store.block_checksums(rows)
         if not np.array_equal(found, expected):
             what = f"blocks {np.flatnonzero(found != expected).tolist()[:8]} are not those written here"
     return None if what is None else Fault(array.name, chunk, what)
