@@ -339,11 +339,15 @@ def _commit(
     found = {hook: part.arrays() for hook, part in sums.items()}
     for hook, values in found.items():
         if not np.isfinite(values["norm"]):
-            dtype = store.dtype(hook)
-            raise InputError(f"harvest.dtype: {dtype} holds infinite or NaN values of {hook}; try bfloat16 or float32")
+            raise not_finite(hook, store.dtype(hook))
     store.write_shard(shard, rows)
     journal.write(f"{_name(shard)}.npz", to_bytes(found), sync=False)
     claims.release(_name(shard))
+
+
+def not_finite(hook: str, dtype: str) -> InputError:
+    """Return the error for activations that are infinite or NaN outside special tokens."""
+    return InputError(f"harvest.dtype: {dtype} holds infinite or NaN values of {hook}; try bfloat16 or float32")
 
 
 def _finish(store: ActivationStore, journal: Folder) -> bool:

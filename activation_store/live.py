@@ -19,7 +19,7 @@ from activation_store.batches import Batches
 from activation_store.config import DataConfig, HarvestConfig
 from activation_store.errors import InputError
 from activation_store.folders import folder_at
-from activation_store.harvest import compute_shard, hook_widths, lay_out, run, settings_of
+from activation_store.harvest import compute_shard, hook_widths, lay_out, not_finite, run, settings_of
 from activation_store.hooks import locate_hooks
 from activation_store.progress import Progress
 from activation_store.shuffle import Ints, Room, Source
@@ -195,9 +195,7 @@ class LiveActivations(_Live):
                     scales[at] = found.scales.cpu().numpy()
                 norms = self._norms[hook][rows] = found.norms.cpu().numpy()
                 if not np.isfinite(norms[kept]).all():
-                    raise InputError(
-                        f"harvest.dtype: {self.config.dtype} holds infinite or NaN values of {hook}; try bfloat16 or float32"
-                    )
+                    raise not_finite(hook, self.config.dtype)
 
 
 class RecycledStore(_Live, ActivationStore):
@@ -228,12 +226,6 @@ class RecycledStore(_Live, ActivationStore):
     def _tokens_of(self, sequences: Ints) -> NDArray[np.int32]:
         return self.tokens[sequences]
 
-    def statistics(self, hook: str) -> HookStatistics:
-        """Return the moments of `hook` over the first `SAMPLE_SEQUENCES` training sequences."""
-        return _Live.statistics(self, hook)
-
-    batches = _Live.batches
-
     def fill(self, blocks: Ints, into: Mapping[str, Room]) -> None:
         """Compute the shards that are not there, recycle the oldest, and read."""
         wanted = [shard for shard in np.unique(blocks // self.shard_blocks).tolist() if shard < self.shards]
@@ -247,9 +239,7 @@ class RecycledStore(_Live, ActivationStore):
                 kept = ~self.special_of(shard).reshape(-1)
                 for hook, found in rows.items():
                     if not np.isfinite(found.norms.numpy()[kept]).all():
-                        raise InputError(
-                            f"harvest.dtype: {self.dtype(hook)} holds infinite or NaN values of {hook}; try bfloat16 or float32"
-                        )
+                        raise not_finite(hook, self.dtype(hook))
                 self.write_shard(shard, rows)
                 self._present[shard] = None
                 self.computed += 1
