@@ -1,5 +1,6 @@
 """The SAE: one interface over all architectures. Raw model activations in, raw model activations out."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -8,14 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from activation_store.errors import InputError
+from sae.ops import Latents, Ops, SparseLatents, kernels_for
+from sae.ops.latents import of_dense
 
 if TYPE_CHECKING:
+    from sae.architectures.auxk import Dead
     from sae.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What an SAE is. Field names are SAELens v6's; `metadata` holds where it comes from and how it was trained."""
+    """What an SAE is. Field names are SAELens v6's; `metadata` holds where it comes from and how it was trained.
+
+    `k` is the number of latents a token that TopK fires; None elsewhere.
+    """
 
     architecture: str
     d_in: int
@@ -23,6 +30,7 @@ class SAEConfig:
     hook_name: str | None = None
     dtype: str = "float32"
     apply_b_dec_to_input: bool = True
+    k: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,13 +53,22 @@ class LatentStatistics:
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """One step's loss and what it is made of; all are scalars on the device but `latents` and `reconstruction`."""
+    """One step's loss and what it is made of: scalars on the device, but `latents`, and `error`, ||x - x_hat||^2 (batch,).
+
+    `parts` are further scalars worth logging.
+    """
 
     loss: Tensor
     mse: Tensor
     l1: Tensor
-    latents: Tensor
-    reconstruction: Tensor
+    latents: Latents
+    error: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def row_mean(values: Tensor) -> Tensor:
+    """Return the mean of (batch,) values, 0 where the batch is empty."""
+    return values.sum() / max(len(values), 1)
 
 
 class SAE(nn.Module):
@@ -63,6 +80,7 @@ class SAE(nn.Module):
     """
 
     architecture: ClassVar[str]
+    rowwise: ClassVar[bool] = False  # the loss is a mean over rows of what each row alone decides
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
@@ -86,6 +104,14 @@ class SAE(nn.Module):
         """Return the reconstruction of x, (..., d_in)."""
         return self.decode(self.encode(x))
 
+    def encode_sparse(self, x: Tensor) -> SparseLatents:
+        """Return the latents of x (batch, d_in) that are not zero: what `encode` gives, without the zeros."""
+        return of_dense(self.encode(x), kernels_for(x.device.type))
+
+    def decode_sparse(self, f: SparseLatents) -> Tensor:
+        """Return reconstructions (batch, d_in) of what `encode_sparse` gave."""
+        return self.decode(f.dense())
+
     def directions(self, latents: Tensor) -> Tensor:
         """Return decoder rows, (n, d_in), of the given latent numbers."""
         return self.W_dec[latents]
@@ -97,15 +123,31 @@ class SAE(nn.Module):
         """Return a fresh SAE on the CPU, a pure function of config.seed; `mean` (d_in) is of the scaled inputs."""
         raise NotImplementedError
 
-    def training_loss(self, x: Tensor, config: "TrainConfig", coefficient: Tensor | float) -> TrainingLoss:
-        """Return the loss on scaled inputs x (batch, d_in) with the current sparsity coefficient."""
+    def training_loss(
+        self, x: Tensor, config: "TrainConfig", coefficient: Tensor | float, ops: Ops | None = None,
+        dead: "Callable[[], Dead | None] | None" = None,
+    ) -> TrainingLoss:  # fmt: skip
+        """Return the loss on scaled inputs x (batch, d_in) with the current sparsity coefficient.
+
+        `ops` computes it, plain dense autograd by default. `dead` tells which latents have not fired for long; it is asked
+        last, when the batch's own work is queued.
+        """
         raise NotImplementedError
 
-    def before_step(self, config: "TrainConfig") -> None:
-        """Change gradients before the optimiser's step."""
+    def after_step(self, config: "TrainConfig", out: TrainingLoss) -> None:
+        """Bring up to date what is not learnt by gradients, such as a running threshold."""
 
-    def after_step(self, config: "TrainConfig") -> None:
-        """Change weights after the optimiser's step."""
+    def finished(self) -> "SAE":
+        """Return the SAE to use once training is over."""
+        return self
+
+    def encoders(self) -> dict[str, Tensor]:
+        """Return encoder matrices by parameter name, as views by latent, (d_sae, d_in) contiguous."""
+        raise NotImplementedError
+
+    def decoders(self) -> dict[str, Tensor]:
+        """Return decoder matrices by parameter name, as views by latent, (d_sae, d_in) contiguous."""
+        raise NotImplementedError
 
     def fold_scale(self, scale: float) -> None:
         """Fold an input scaling into the weights: afterwards the SAE takes x where it was trained on scale * x."""

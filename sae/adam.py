@@ -1,0 +1,127 @@
+"""Adam over matrices by latent: gradient, clipping, step, norms and bfloat16 copy, each weight read and written once."""
+
+import torch
+from torch import Tensor, nn
+
+from sae.ops import Kernels, Rows, SparseOps
+from sae.ops.kernels import AdamStep
+
+_EPS = 1e-8
+
+
+class Adam:
+    """Adam (Kingma & Ba 2015) with the gradients clipped to a global norm, as torch.optim.Adam and clip_grad_norm_ do it.
+
+    encoders and decoders: parameters by name with their view by latent, (d_sae, d) contiguous. All other parameters are
+    vectors. A parameter's gradient is its `.grad`, or what sparse operations left on its `Rows`. With `unit`, decoder rows
+    keep norm 1: the gradient's part along them is dropped, and they are brought back after the step. With `low`, encoders
+    have a bfloat16 copy.
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], encoders: dict[str, Tensor], decoders: dict[str, Tensor], kernels: Kernels,
+        *, betas: tuple[float, float], max_norm: float, unit: bool, low: bool,
+    ) -> None:  # fmt: skip
+        """Start with moments of zero; copies and norms are taken from the weights as they are."""
+        self.kernels, self.betas, self.max_norm, self.unit, self.low = kernels, betas, max_norm, unit, low
+        self.parameters, self.steps = parameters, 0
+        self.encoders, self.decoders = list(encoders), list(decoders)
+        self.rows = {name: Rows(view.detach()) for name, view in {**encoders, **decoders}.items()}
+        vectors = {name: p.detach().view(1, -1) for name, p in parameters.items() if name not in self.rows}
+        self.weights = {**{name: rows.weight for name, rows in self.rows.items()}, **vectors}
+        self.m = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self.v = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        self._buffers: dict[str, Tensor] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take copies and norms anew, after the weights were changed from outside."""
+        for name in self.decoders:
+            self.rows[name].norms = self.rows[name].weight.norm(dim=1)
+        for name in self.encoders if self.low else ():
+            self.rows[name].low = self.rows[name].weight.bfloat16()
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        for rows in self.rows.values():
+            rows.clear()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Take one step and forget the gradients; nothing here waits for the device."""
+        self.steps += 1
+        gradients: dict[str, tuple[Tensor, Tensor | None]] = {}
+        squares: list[Tensor] = []
+        for name, parameter in self.parameters.items():
+            if name in self.rows:
+                gradient, slots, square = self._gradient(name, parameter)
+            else:
+                gradient, slots = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, None
+                gradient, square = gradient.view(1, -1), gradient.square()
+            gradients[name] = gradient, slots
+            squares.append(square.sum())
+        norm = torch.stack(squares).sum().sqrt()
+        clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0).view(1)  # as torch.nn.utils.clip_grad_norm_
+        step = AdamStep(lr, *self.betas, _EPS, self.steps, clip)
+        for name, weight in self.weights.items():
+            rows = self.rows.get(name)
+            low, norms = (None, None) if rows is None else (rows.low, rows.norms)
+            unit = self.unit and name in self.decoders
+            self.kernels.adam(step, weight, *gradients[name], self.m[name], self.v[name], low, norms, unit)
+        self.clear()
+
+    def _gradient(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the gradient, the place of each latent's row in it, and the rows' squared norms."""
+        rows = self.rows[name]
+        tangent = self.unit and name in self.decoders
+        if parameter.grad is not None:  # a dense step's
+            out = (parameter.grad if name in self.decoders else parameter.grad.T).contiguous()
+            return out, None, self.kernels.gradient([], rows.weight, None, tangent, out, None, False)
+        slots, places = self._slots(rows)
+        out = self._buffer(name, places, rows.weight)
+        if rows.subsets:
+            out.zero_()
+            for which, gradient in rows.subsets:
+                out.index_add_(0, which if slots is None else slots[which], gradient)
+        square = self.kernels.gradient(rows.terms, rows.weight, rows.along, tangent, out, slots, not rows.subsets)
+        return out, slots, square
+
+    def _slots(self, rows: Rows) -> tuple[Tensor | None, int]:
+        """Give places only to latents with a gradient, where that saves memory: fewer entries than latents."""
+        d_sae = len(rows.weight)
+        most = sum(len(t.coefficients) for t in rows.terms) + sum(len(which) for which, _ in rows.subsets)
+        if most >= d_sae or not rows.terms:
+            return None, d_sae
+        filled = torch.stack([t.latents.by_latent.counts > 0 for t in rows.terms]).any(0)
+        for which, _ in rows.subsets:
+            filled[which] = True
+        return torch.where(filled, filled.cumsum(0) - 1, -1), most
+
+    def _buffer(self, name: str, places: int, like: Tensor) -> Tensor:
+        held = self._buffers.get(name)
+        if held is None or len(held) < places:
+            self._buffers.pop(name, None)
+            held = self._buffers[name] = like.new_empty(places, like.shape[1])
+        return held[:places]
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold."""
+        tensors = {f"{kind}.{name}": value for kind in ("m", "v") for name, value in getattr(self, kind).items()}
+        for name in self.decoders:  # taken anew they would be another sum, in other bits
+            norms = self.rows[name].norms
+            assert norms is not None
+            tensors[f"norms.{name}"] = norms
+        return {**tensors, "steps": torch.tensor(self.steps)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state` gave, after the weights were restored."""
+        self.refresh()
+        self.steps = int(state["steps"])
+        for name, value in self.state().items():
+            value.copy_(state[name])
+
+    def sparse_ops(self, room: float) -> SparseOps:
+        """Return operations whose gradients end up here."""
+        return SparseOps(self.kernels, {self.parameters[name]: rows for name, rows in self.rows.items()}, room)

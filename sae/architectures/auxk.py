@@ -1,0 +1,65 @@
+"""AuxK: dead latents learn to model what the others leave (Gao et al. 2024, appendix A.2)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sae.ops import Ops
+from sae.ops.training import HostCount
+
+
+@dataclass(frozen=True)
+class Dead:
+    """The dead latents: `latents` (n,) int64, different, of which those count where `mask` (n,) holds."""
+
+    latents: Tensor
+    mask: Tensor
+
+
+class IdleTokens:
+    """For how many tokens each latent has not fired, (d_sae,) int64; dead is who has not for `window` of them."""
+
+    def __init__(self, tokens: Tensor, window: int) -> None:
+        """Start from `tokens`, which is kept up to date in place."""
+        self.tokens, self.window = tokens, window
+        self._count = HostCount((tokens >= window).sum())
+
+    @torch.no_grad()
+    def update(self, counts: Tensor, rows: int) -> None:
+        """Take in a batch of `rows` tokens, on `counts` (d_sae,) of which each latent fired."""
+        self.tokens.add_(rows).masked_fill_(counts > 0, 0)
+        self._count = HostCount((self.tokens >= self.window).sum())
+
+    def dead(self) -> Dead | None:
+        """Return who is dead, or None; called when a step's own work is queued already, it keeps no device waiting.
+
+        As many latents as the next power of two are looked at, those idle longest, so that shapes seldom change.
+        """
+        count = self._count.wait()
+        if count == 0:
+            return None
+        some = min(len(self.tokens), 1 << (count - 1).bit_length())
+        latents = self.tokens.topk(some).indices
+        return Dead(latents, self.tokens[latents] >= self.window)
+
+
+def auxk_loss(
+    x: Tensor, residual: Tensor, dead: Dead, k: int, ops: Ops, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor | None
+) -> Tensor:
+    """Return the squared error, mean over the batch, of modelling the residual by the k largest dead latents of each row.
+
+    x, residual = x_hat - x (batch, d_in), no gradient passes through the latter; b_dec is not added to the model of the
+    residual. Normalised as the paper's, whose loss is mse / var(x) + alpha * aux / var(residual), here times var(x).
+    Few latents are dead, so this is dense over those few: exact, with the gradient reaching the encoder.
+    """
+    encoder = ops.encoder_rows(W_enc, dead.latents)
+    z = (x if b_dec is None else x - b_dec) @ encoder.T + b_enc[dead.latents]
+    f = torch.relu(z).masked_fill(~dead.mask, 0)
+    if f.shape[1] > k:
+        top = f.topk(k, dim=1)
+        f = torch.zeros_like(f).scatter(1, top.indices, top.values)
+    error = (f @ ops.decoder_rows(W_dec, dead.latents) + residual).square().sum(-1).mean()
+    variance = (x - x.mean(0)).square().sum(-1).mean()
+    left = residual.square().sum(-1).mean()
+    return error * (variance / left.clamp(min=1e-30)).detach()

@@ -1,0 +1,62 @@
+"""BatchTopK: the batch fires batch * k latents, as many a token as it needs; JumpReLU with one threshold afterwards."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sae.architectures.jumprelu import JumpReLUSAE
+from sae.architectures.topk import TopKSAE
+from sae.config import TrainConfig
+from sae.ops import Above, BatchTopK
+from sae.sae import SAEConfig, TrainingLoss
+
+
+class BatchTopKSAE(TopKSAE):
+    """TopK over all of a batch (Bussmann et al. 2024, "BatchTopK Sparse Autoencoders").
+
+    Outside of training a latent fires above `threshold`, the mean over batches of the smallest latent kept (section 3.2):
+    exponentially weighted, and the plain mean before there are enough of them.
+    """
+
+    architecture: ClassVar[str] = "batchtopk"
+    threshold: Tensor
+    batches: Tensor
+
+    def __init__(self, cfg: SAEConfig) -> None:
+        """Create parameters, uninitialised, and a threshold of zero."""
+        super().__init__(cfg)
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+
+    def rule(self) -> Above:
+        """The threshold learnt in training."""
+        return Above(self.threshold)
+
+    def training_rule(self, config: TrainConfig) -> BatchTopK:
+        """The batch * k largest."""
+        assert self.cfg.k is not None
+        return BatchTopK(self.cfg.k)
+
+    @torch.no_grad()
+    def after_step(self, config: TrainConfig, out: TrainingLoss) -> None:
+        """Move the threshold towards the batch's smallest latent; a batch in which nothing fires says nothing."""
+        values = out.latents.values
+        if values.numel() == 0:
+            return
+        least = torch.where(values > 0, values, torch.inf).min()
+        fired = least.isfinite()
+        self.batches.add_(fired)
+        share = torch.clamp(1 / self.batches.clamp(min=1), min=config.threshold_lr)
+        self.threshold.add_(torch.where(fired, share * (least - self.threshold), 0))
+
+    def finished(self) -> JumpReLUSAE:
+        """Return the SAE to use: JumpReLU, every latent with the same threshold."""
+        cfg = SAEConfig("jumprelu", self.cfg.d_in, self.cfg.d_sae, self.cfg.hook_name, self.cfg.dtype,
+                        self.cfg.apply_b_dec_to_input, metadata=self.cfg.metadata)  # fmt: skip
+        sae = JumpReLUSAE(cfg)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                sae.get_parameter(name).copy_(parameter)
+            sae.threshold.fill_(float(self.threshold))
+        return sae

@@ -1,0 +1,106 @@
+"""What most architectures share: one linear encoder, one linear decoder, and a rule that says which latents fire."""
+
+import torch
+from torch import Tensor, nn
+
+from sae.config import TrainConfig
+from sae.ops import Rule, SparseLatents, TopK, kernels_for
+from sae.ops.latents import Above, of_dense
+from sae.ops.training import select
+from sae.sae import SAE, SAEConfig
+
+
+class LinearSAE(SAE):
+    """z = (x - b_dec) W_enc + b_enc, f = the entries of z that `rule` keeps, x_hat = f W_dec + b_dec.
+
+    With `apply_b_dec_to_input` false, b_dec is not subtracted from the input. Both matrices lie in memory by latent: W_enc
+    is the transpose of a (d_sae, d_in) array, so that a latent's encoder column is as contiguous as its decoder row.
+    """
+
+    def __init__(self, cfg: SAEConfig) -> None:
+        """Create parameters, uninitialised."""
+        super().__init__(cfg)
+        dtype = getattr(torch, cfg.dtype)
+        self.W_enc = nn.Parameter(torch.empty(cfg.d_sae, cfg.d_in, dtype=dtype).T)
+        self.b_enc = nn.Parameter(torch.empty(cfg.d_sae, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, cfg.d_in, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.empty(cfg.d_in, dtype=dtype))
+
+    def rule(self) -> Rule:
+        """Say which latents fire outside of training."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return latents, (..., d_in) -> (..., d_sae), never negative."""
+        z = (x - self.b_dec if self.cfg.apply_b_dec_to_input else x) @ self.W_enc + self.b_enc
+        return select(z.reshape(-1, z.shape[-1]), self.rule()).view_as(z)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """Return reconstructions, (..., d_sae) -> (..., d_in)."""
+        return f @ self.W_dec + self.b_dec
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Tensor) -> SparseLatents:
+        """Return the latents that fire on x (batch, d_in), without a (batch, d_sae) matrix ever being whole."""
+        rule, kernels = self.rule(), kernels_for(x.device.type)
+        if self.W_enc.dtype != torch.float32 or x.dtype != torch.float32:
+            return of_dense(self.encode(x), kernels)
+        x = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+        if isinstance(rule, TopK):
+            return kernels.topk(x, self.W_enc.T.detach(), self.b_enc.detach(), min(rule.k, self.cfg.d_sae))
+        assert isinstance(rule, Above)
+        threshold = torch.as_tensor(rule.threshold, dtype=torch.float32, device=x.device).expand(self.cfg.d_sae).contiguous()
+        room = len(x) * self.cfg.d_sae
+        return kernels.above(x, self.W_enc.T.detach(), self.b_enc.detach(), threshold.detach(), room)
+
+    @torch.no_grad()
+    def decode_sparse(self, f: SparseLatents) -> Tensor:
+        """Return reconstructions (batch, d_in) of what `encode_sparse` gave."""
+        if self.W_dec.dtype != torch.float32:
+            return self.decode(f.dense().to(self.W_dec.dtype))
+        return f.kernels.decode(f, self.W_dec.detach(), self.b_dec.detach())
+
+    def encoders(self) -> dict[str, Tensor]:
+        """See SAE."""
+        return {"W_enc": self.W_enc.T}
+
+    def decoders(self) -> dict[str, Tensor]:
+        """See SAE."""
+        return {"W_dec": self.W_dec}
+
+    @classmethod
+    def initialise(cls, config: TrainConfig, d_in: int, mean: Tensor) -> "LinearSAE":
+        """Random decoder rows of norm `decoder_init_norm` (1 where rows keep norm 1), encoder its transpose, b_dec = mean."""
+        sae = cls(
+            SAEConfig(
+                cls.architecture, d_in, config.d_sae, config.hook, apply_b_dec_to_input=config.apply_b_dec_to_input, k=config.k
+            )
+        )
+        generator = torch.Generator().manual_seed(config.seed)
+        rows = torch.randn(config.d_sae, d_in, generator=generator)
+        norm = 1.0 if config.unit_norm_decoder else config.decoder_init_norm
+        with torch.no_grad():
+            sae.W_dec.copy_(rows * (norm / rows.norm(dim=1, keepdim=True)))
+            sae.W_enc.copy_(sae.W_dec.T)  # a copy: tied at the start only
+            sae.b_enc.zero_()
+            sae.b_dec.copy_(mean)
+        return sae
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """Fold the input scale, then the decoder norms: x -> x_hat and the active sets stay, decoder rows get norm 1.
+
+        Scale s: W_enc *= s, W_dec /= s, b_dec /= s. Norms n_i: W_enc column i and b_enc_i times n_i, W_dec row i over n_i.
+        Rows of norm zero stay as they are.
+        """
+        self.W_enc.mul_(scale)
+        self.W_dec.div_(scale)
+        self.b_dec.div_(scale)
+        norm = self.W_dec.norm(dim=1)
+        self.fold_norms(torch.where(norm > 0, norm, torch.ones_like(norm)))
+
+    def fold_norms(self, norm: Tensor) -> None:
+        """Divide decoder rows by `norm` (d_sae,), and make latents so many times larger."""
+        self.W_enc.mul_(norm)
+        self.b_enc.mul_(norm)
+        self.W_dec.div_(norm[:, None])

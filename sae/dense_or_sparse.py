@@ -1,0 +1,106 @@
+"""Dense or sparse: which of two equal ways a training step is computed, by how much fires."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sae.adam import Adam
+from sae.architectures.auxk import Dead
+from sae.config import TrainConfig
+from sae.ops import DenseOps, Ops, SparseOps, TooDense
+from sae.sae import SAE, TrainingLoss
+
+log = logging.getLogger(__name__)
+
+# Shares of (batch, d_sae): below ENTER a sparse step is the faster one, above LEAVE a dense one; benchmarks/training.py
+# measures where they cross. The gap keeps a run whose density hovers there from switching to and fro.
+ENTER, LEAVE = 0.10, 0.14
+_PART_BYTES = {"cpu": 16 * 2**20}  # of a (rows, d_sae) float32 matrix on the dense path: what stays in a cache
+_DEVICE_PART_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step found. Scalars stay on the device but `density`, the share of (batch, d_sae) that fired.
+
+    `counts` (d_sae,) says on how many rows each latent fired; `error` is the batch's summed squared error.
+    """
+
+    loss: Tensor
+    mse: Tensor
+    l1: Tensor
+    error: Tensor
+    counts: Tensor
+    parts: dict[str, Tensor]
+    last: TrainingLoss
+    sparse: bool
+    density: float = 0.0
+
+
+class DenseOrSparse:
+    """Computes steps dense while the density is above LEAVE, sparse once it is below ENTER.
+
+    The choice rests on the density of the step before and on no clock: equal runs choose equally. A step that turns out too
+    dense for the sparse way is computed again, dense, before anything was changed.
+    """
+
+    def __init__(self, config: TrainConfig, optimizer: Adam, dense: bool | None = None) -> None:
+        """Start as told (a resumed run), else dense where nothing is known of the density, as in an L1 run; k tells it."""
+        self._optimizer = optimizer
+        self._reference = config.kernels == "reference"
+        self.dense = (config.k is None or config.k / config.d_sae > ENTER) if dense is None else dense
+        self._dense_ops = DenseOps(getattr(torch, config.compute_dtype))
+        self._sparse_ops: SparseOps = optimizer.sparse_ops(room=LEAVE)
+
+    def backward(
+        self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, dead: Callable[[], Dead | None], step: int
+    ) -> Step:
+        """Compute the loss of x and leave its gradients for the optimiser."""
+        found: Step | None = None
+        if not (self.dense or self._reference):
+            try:
+                found = _backward(sae, x, config, coefficient, self._sparse_ops, dead)
+                entries = self._sparse_ops.entries()  # on CUDA this waits for the selection only; what follows it is queued
+            except TooDense:
+                self._optimizer.clear()
+                found = None
+        if found is None:
+            found = _backward(sae, x, config, coefficient, self._dense_ops, dead)
+            entries = self._dense_ops.entries()
+        found = replace(found, density=entries / max(1, len(x) * config.d_sae))
+        if not self._reference:
+            self._choose(found.density, step)
+        return found
+
+    def _choose(self, density: float, step: int) -> None:
+        dense = density > (ENTER if self.dense else LEAVE)
+        if dense != self.dense:
+            log.info("step %d: %.1f %% of latents fire; steps are %s from here on", step, 100 * density,
+                     "dense" if dense else "sparse")  # fmt: skip
+        self.dense = dense
+
+
+def _backward(
+    sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, ops: Ops, dead: Callable[[], Dead | None]
+) -> Step:
+    """Backpropagate the loss of x; dense, a few rows at a time where the loss allows it: (batch, d_sae) is never whole then."""
+    sparse = isinstance(ops, SparseOps)
+    size = max(1, len(x))
+    if sae.rowwise and not sparse:
+        size = max(1, _PART_BYTES.get(x.device.type, _DEVICE_PART_BYTES) // (4 * config.d_sae))
+    sums: list[Tensor] = []
+    counts, names = torch.zeros((), dtype=torch.int64, device=x.device), list[str]()
+    for part in torch.split(x, size):
+        out = sae.training_loss(part, config, coefficient, ops, dead)
+        share = len(part) / max(1, len(x))
+        (out.loss * share if share != 1 else out.loss).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            counts = counts + out.latents.latent_counts()
+            names = list(out.parts)
+            scalars = [out.loss, out.mse, out.l1, *out.parts.values()]
+            sums.append(torch.stack([*(share * s.detach().float() for s in scalars), out.error.sum()]))
+    loss, mse, l1, *parts, error = torch.stack(sums).sum(0).unbind()
+    return Step(loss, mse, l1, error, counts, dict(zip(names, parts, strict=True)), out, sparse)

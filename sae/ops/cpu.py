@@ -1,0 +1,457 @@
+"""The operations as compiled loops for CPUs (numba).
+
+Each loop runs over a range of rows or latents and lets go of the GIL; a thread pool as wide as torch's deals out the ranges.
+So nothing depends on how many threads there are, and no second pool of spinning workers fights torch's own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from sae.ops.kernels import AdamStep, Term, TooDense, lowered
+from sae.ops.latents import ByLatent, SparseLatents
+
+# numpy's error model, since a division that may raise is not vectorised; fastmath, since a sum that may not be reordered
+# is not either. NaN and infinity still come through: nnan and ninf are left out.
+_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "arcp", "contract", "afn"})
+
+_CHUNK_ROWS = 512  # pre-activations of this many rows at a time: smaller products run slower, larger ones leave the cache
+_CHUNK_BYTES = 64 * 2**20
+_RANGES = 8  # a thread; more than one evens out rows of different length
+_NO_VECTOR, _NO_MATRIX = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+
+
+class CPUKernels:
+    """See `Kernels` for what each one means."""
+
+    name = "cpu"
+
+    def above(self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int) -> SparseLatents:
+        """See Kernels."""
+
+        def select(z: Any, low: int, high: int) -> Any:
+            return _above(z, low, high, bias.numpy(), threshold.numpy())
+
+        return self._selected(x, weight, room, select)
+
+    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseLatents:
+        """See Kernels."""
+
+        def select(z: Any, low: int, high: int) -> Any:
+            return _topk(z, low, high, bias.numpy(), min(k, weight.shape[0]))
+
+        return self._selected(x, weight, len(x) * k, select)
+
+    def _selected(
+        self, x: Tensor, weight: Tensor, room: int, select: Callable[[Any, int, int], Any]
+    ) -> SparseLatents:
+        """Take the product a few rows at a time, and of each only what is selected: z is never whole."""
+        d_sae = weight.shape[0]
+        chunk = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (4 * d_sae)))
+        z = torch.empty(min(chunk, len(x)), d_sae, dtype=weight.dtype)
+        found: list[tuple[Any, Any, Any]] = []
+        for start in range(0, len(x), chunk):
+            part = lowered(x[start : start + chunk], weight)
+            here = torch.mm(part, weight.T, out=z[: len(part)])
+            array = here.view(torch.int16 if here.dtype == torch.bfloat16 else torch.int32).numpy()
+            found += _in_ranges(partial(select, array), len(part))
+            if sum(len(values) for _, _, values in found) > room:
+                raise TooDense
+        counts = np.concatenate([np.zeros(1, np.int64), *(c for c, _, _ in found)])
+        latents = np.concatenate([np.zeros(0, np.int32), *(i for _, i, _ in found)])
+        values = np.concatenate([np.zeros(0, np.float32), *(v for _, _, v in found)])
+        starts = torch.from_numpy(counts.cumsum())
+        return SparseLatents(starts, torch.from_numpy(latents), torch.from_numpy(values), d_sae, self)
+
+    def decode(self, f: SparseLatents, weight: Tensor, bias: Tensor) -> Tensor:
+        """See Kernels."""
+        out = torch.empty(len(f), weight.shape[1])
+        _over(len(f), _decode, *_csr(f), weight.numpy(), bias.numpy(), out.numpy())
+        return out
+
+    def reconstruct(self, f: SparseLatents, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See Kernels."""
+        residual, error, dots = torch.empty(len(f), weight.shape[1]), torch.empty(len(f)), torch.empty(len(f.values))
+        _over(
+            len(f), _reconstruct, *_csr(f), weight.numpy(), bias.numpy(), x.contiguous().numpy(), residual.numpy(),
+            error.numpy(), dots.numpy(),
+        )  # fmt: skip
+        return residual, error, dots
+
+    def sample(self, f: SparseLatents, g: Tensor, weight: Tensor) -> Tensor:
+        """See Kernels."""
+        dots = torch.empty(len(f.values))
+        starts, latents, _ = _csr(f)
+        _over(len(f), _sample, starts, latents, weight.numpy(), g.contiguous().numpy(), dots.numpy())
+        return dots
+
+    def row_sum(self, f: SparseLatents, values: Tensor) -> Tensor:
+        """See Kernels."""
+        out = torch.empty(len(f))
+        _over(len(f), _row_sum, f.starts.numpy(), values.detach().contiguous().numpy(), out.numpy())
+        return out
+
+    def by_latent(self, f: SparseLatents) -> ByLatent:
+        """See Kernels; a counting sort."""
+        starts, latents, _ = _csr(f)
+        return ByLatent(*map(torch.from_numpy, _by_latent(starts, latents, f.d_sae)))
+
+    def latent_sum(self, by: ByLatent, values: Tensor) -> Tensor:
+        """See Kernels."""
+        out = torch.empty(len(by.starts) - 1)
+        _over(
+            len(out), _latent_sum, by.starts.numpy(), by.entries.numpy(), values.detach().contiguous().numpy(), out.numpy()
+        )
+        return out
+
+    def gradient(
+        self, terms: Sequence[Term], weight: Tensor, along: Tensor | None, tangent: bool, out: Tensor, slots: Tensor | None,
+        fresh: bool,
+    ) -> Tensor:  # fmt: skip
+        """See Kernels."""
+        squares = torch.zeros(len(weight))
+        places = torch.arange(len(weight)) if slots is None else slots
+        nothing = (np.zeros(len(weight) + 1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32), _NO_VECTOR, _NO_MATRIX)
+        arrays = [
+            (by.starts.numpy(), by.rows.numpy(), by.entries.numpy(), t.coefficients.numpy(), t.dense.contiguous().numpy())
+            for t in terms
+            for by in (t.latents.by_latent,)
+        ] or [nothing]
+        for i, term in enumerate(arrays):
+            last = i == len(arrays) - 1
+            _over(
+                len(weight), _gradient, *term, out.numpy(), places.numpy(), fresh and i == 0, last, weight.detach().numpy(),
+                _NO_VECTOR if along is None else along.numpy(), tangent, squares.numpy(),
+            )  # fmt: skip
+        return squares
+
+    def adam(
+        self, step: AdamStep, weight: Tensor, gradient: Tensor, slots: Tensor | None, m: Tensor, v: Tensor,
+        low: Tensor | None, norms: Tensor | None, unit: bool,
+    ) -> None:  # fmt: skip
+        """See Kernels."""
+        places = torch.arange(len(weight)) if slots is None else slots
+        constants = np.array(
+            [
+                step.lr / (1 - step.beta1**step.step), 1 / math.sqrt(1 - step.beta2**step.step), step.beta1, step.beta2,
+                1 - step.beta1, 1 - step.beta2, step.eps, float(step.clip),
+            ],
+            dtype=np.float32,
+        )  # fmt: skip
+        _over(
+            len(weight), _adam, constants, weight.detach().numpy(), gradient.detach().numpy(), places.numpy(), m.numpy(),
+            v.numpy(), np.zeros((0, 0), np.int16) if low is None else low.view(torch.int16).numpy(),
+            _NO_VECTOR if norms is None else norms.numpy(), unit,
+        )  # fmt: skip
+
+
+# Dealing out work
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="sae-ops")
+
+
+def _in_ranges(work: Callable[[int, int], Any], count: int) -> list[Any]:
+    """Return work(low, high) for ranges that make up 0 to count, in their order."""
+    threads = torch.get_num_threads()
+    parts = min(count, threads * _RANGES)
+    cuts = [count * i // parts for i in range(parts + 1)] if parts else [0]
+    if threads == 1:
+        return [work(low, high) for low, high in pairwise(cuts)]
+    return list(_pool(threads).map(work, cuts[:-1], cuts[1:]))
+
+
+def _over(count: int, loop: Callable[..., None], *arrays: Any) -> None:
+    _in_ranges(lambda low, high: loop(low, high, *arrays), count)
+
+
+def _csr(f: SparseLatents) -> tuple[Any, Any, Any]:
+    return f.starts.numpy(), f.latents.numpy(), f.values.detach().contiguous().numpy()
+
+
+# Selection
+
+
+@_compiled
+def _row(z: Any, r: int, bias: Any, bits: Any, row: Any) -> None:  # pragma: no cover - compiled
+    """Bring row r of z, the bits of float32 or bfloat16, with the bias added, into `row`; `bits` is a view of `row`."""
+    shift = np.int32(32 - 8 * z.itemsize)  # a bfloat16 is the upper half of a float32
+    for j in range(row.size):
+        bits[j] = np.int32(z[r, j]) << shift
+    for j in range(row.size):
+        row[j] += bias[j]
+
+
+@_compiled
+def _above(z: Any, low: int, high: int, bias: Any, threshold: Any) -> Any:  # pragma: no cover - compiled
+    d_sae = z.shape[1]
+    row = np.empty(d_sae, np.float32)
+    bits = row.view(np.int32)
+    counts = np.empty(high - low, np.int64)
+    # room for everything: pages that are never written cost nothing
+    latents, values = np.empty((high - low) * d_sae, np.int32), np.empty((high - low) * d_sae, np.float32)
+    end = 0
+    whole = d_sae - d_sae % 16
+    for r in range(low, high):
+        _row(z, r, bias, bits, row)
+        begin = end
+        for j0 in range(0, whole, 16):
+            hits = 0
+            for j in range(j0, j0 + 16):
+                hits += row[j] > threshold[j]
+            if hits:  # few blocks have any
+                for j in range(j0, j0 + 16):
+                    latents[end] = j
+                    values[end] = row[j]
+                    end += row[j] > threshold[j]
+        for j in range(whole, d_sae):
+            if row[j] > threshold[j]:
+                latents[end] = j
+                values[end] = row[j]
+                end += 1
+        counts[r - low] = end - begin
+    return counts, latents[:end].copy(), values[:end].copy()
+
+
+@_compiled
+def _largest(latents: Any, values: Any, count: int, k: int) -> Any:  # pragma: no cover - compiled
+    """Keep the k largest of the first `count` entries, in their order; return the smallest kept."""
+    least = np.partition(values[:count], count - k)[count - k]
+    ties = k
+    for p in range(count):
+        ties -= values[p] > least
+    end = 0
+    for p in range(count):
+        if values[p] > least or (values[p] == least and ties > 0):
+            ties -= values[p] == least
+            latents[end], values[end] = latents[p], values[p]
+            end += 1
+    return least
+
+
+@_compiled
+def _topk(z: Any, low: int, high: int, bias: Any, k: int) -> Any:  # pragma: no cover - compiled
+    """A row's entries pass a bar that rises to the k-th largest whenever the buffer of candidates is full."""
+    d_sae = z.shape[1]
+    row = np.empty(d_sae, np.float32)
+    bits = row.view(np.int32)
+    counts = np.empty(high - low, np.int64)
+    room = min(d_sae, 4 * k + 64)
+    candidates, strengths = np.empty(room + 16, np.int32), np.empty(room + 16, np.float32)
+    latents, values = np.empty((high - low) * k, np.int32), np.empty((high - low) * k, np.float32)
+    end = 0
+    for r in range(low, high):
+        _row(z, r, bias, bits, row)
+        count = 0
+        bar = np.float32(0)
+        for j0 in range(0, d_sae, 16):
+            stop = min(j0 + 16, d_sae)
+            hits = 0
+            if stop - j0 == 16:
+                for j in range(j0, j0 + 16):
+                    hits += row[j] > bar
+            else:
+                hits = 1
+            if hits:
+                for j in range(j0, stop):
+                    candidates[count] = j
+                    strengths[count] = row[j]
+                    count += row[j] > bar
+                if count > room - 16 and count > k:
+                    bar = _largest(candidates, strengths, count, k)
+                    count = k
+        if count > k:
+            _largest(candidates, strengths, count, k)
+            count = k
+        for p in range(count):
+            latents[end + p], values[end + p] = candidates[p], strengths[p]
+        counts[r - low] = count
+        end += count
+    return counts, latents[:end].copy(), values[:end].copy()
+
+
+# Over rows
+
+
+@_compiled
+def _add_rows(begin: int, end: int, latents: Any, values: Any, weight: Any, total: Any) -> None:  # pragma: no cover - compiled
+    """total += sum of value * row of weight; four rows at a time spare three of four passes over `total`."""
+    d = total.size
+    p = begin
+    while p + 4 <= end:
+        a, b, c, e = weight[latents[p]], weight[latents[p + 1]], weight[latents[p + 2]], weight[latents[p + 3]]
+        va, vb, vc, ve = values[p], values[p + 1], values[p + 2], values[p + 3]
+        for j in range(d):
+            total[j] += va * a[j] + vb * b[j] + vc * c[j] + ve * e[j]
+        p += 4
+    while p < end:
+        a, va = weight[latents[p]], values[p]
+        for j in range(d):
+            total[j] += va * a[j]
+        p += 1
+
+
+@_compiled
+def _decode(
+    low: int, high: int, starts: Any, latents: Any, values: Any, weight: Any, bias: Any, out: Any
+) -> None:  # pragma: no cover - compiled
+    for r in range(low, high):
+        out[r, :] = bias
+        _add_rows(starts[r], starts[r + 1], latents, values, weight, out[r])
+
+
+@_compiled
+def _dots(begin: int, end: int, latents: Any, weight: Any, g: Any, dots: Any) -> None:  # pragma: no cover - compiled
+    for p in range(begin, end):
+        w = weight[latents[p]]
+        total = np.float32(0)
+        for j in range(g.size):
+            total += g[j] * w[j]
+        dots[p] = total
+
+
+@_compiled
+def _reconstruct(
+    low: int, high: int, starts: Any, latents: Any, values: Any, weight: Any, bias: Any, x: Any, residual: Any, error: Any,
+    dots: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    for r in range(low, high):
+        total = residual[r]
+        for j in range(total.size):
+            total[j] = bias[j] - x[r, j]
+        _add_rows(starts[r], starts[r + 1], latents, values, weight, total)
+        square = np.float32(0)
+        for j in range(total.size):
+            square += total[j] * total[j]
+        error[r] = square
+        _dots(starts[r], starts[r + 1], latents, weight, total, dots)  # the same rows again, now from the nearest cache
+
+
+@_compiled
+def _sample(low: int, high: int, starts: Any, latents: Any, weight: Any, g: Any, dots: Any) -> None:  # pragma: no cover
+    for r in range(low, high):
+        _dots(starts[r], starts[r + 1], latents, weight, g[r], dots)
+
+
+@_compiled
+def _row_sum(low: int, high: int, starts: Any, values: Any, out: Any) -> None:  # pragma: no cover - compiled
+    for r in range(low, high):
+        total = np.float32(0)
+        for p in range(starts[r], starts[r + 1]):
+            total += values[p]
+        out[r] = total
+
+
+# Over latents
+
+
+@_compiled
+def _by_latent(starts: Any, latents: Any, d_sae: int) -> Any:  # pragma: no cover - compiled
+    entries_of = np.zeros(d_sae + 1, np.int64)
+    count = starts[-1]
+    for p in range(count):
+        entries_of[latents[p] + 1] += 1
+    for i in range(d_sae):
+        entries_of[i + 1] += entries_of[i]
+    place = entries_of[:-1].copy()
+    rows, entries = np.empty(count, np.int32), np.empty(count, np.int32)
+    for r in range(starts.size - 1):
+        for p in range(starts[r], starts[r + 1]):
+            i = latents[p]
+            rows[place[i]], entries[place[i]] = r, p
+            place[i] += 1
+    return entries_of, rows, entries
+
+
+@_compiled
+def _latent_sum(low: int, high: int, starts: Any, entries: Any, values: Any, out: Any) -> None:  # pragma: no cover - compiled
+    for i in range(low, high):
+        total = np.float32(0)
+        for p in range(starts[i], starts[i + 1]):
+            total += values[entries[p]]
+        out[i] = total
+
+
+@_compiled
+def _gradient(
+    low: int, high: int, starts: Any, rows: Any, entries: Any, coefficients: Any, dense: Any, out: Any, slots: Any,
+    fresh: bool, last: bool, weight: Any, along: Any, tangent: bool, squares: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    d = out.shape[1]
+    most = 0
+    for i in range(low, high):
+        most = max(most, starts[i + 1] - starts[i])
+    mine = np.empty(most, np.float32)
+    for i in range(low, high):
+        if slots[i] < 0:
+            continue
+        total = out[slots[i]]
+        if fresh:
+            for j in range(d):
+                total[j] = np.float32(0)
+        begin, count = starts[i], starts[i + 1] - starts[i]
+        for p in range(count):
+            mine[p] = coefficients[entries[begin + p]]
+        _add_rows(0, count, rows[begin : begin + count], mine, dense, total)
+        if last:
+            w = weight[i]
+            if along.size:
+                a = along[i]
+                for j in range(d):
+                    total[j] += a * w[j]
+            if tangent:
+                inner = np.float32(0)
+                for j in range(d):
+                    inner += total[j] * w[j]
+                for j in range(d):
+                    total[j] -= inner * w[j]
+            square = np.float32(0)
+            for j in range(d):
+                square += total[j] * total[j]
+            squares[i] = square
+
+
+@_compiled
+def _adam(
+    low: int, high: int, constants: Any, weight: Any, gradient: Any, slots: Any, m: Any, v: Any, low_copy: Any, norms: Any,
+    unit: bool,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
+    lr, root, beta1, beta2, rest1, rest2, eps, clip = constants
+    d = weight.shape[1]
+    none = np.zeros(d, np.float32)
+    one = np.float32(1)
+    for i in range(low, high):
+        w, mi, vi = weight[i], m[i], v[i]
+        gi = gradient[slots[i]] if slots[i] >= 0 else none
+        for j in range(d):
+            g = gi[j] * clip
+            first, second = beta1 * mi[j] + rest1 * g, beta2 * vi[j] + rest2 * g * g
+            mi[j], vi[j] = first, second
+            w[j] -= lr * first / (np.sqrt(second) * root + eps)
+        if unit or norms.size:
+            square = np.float32(0)
+            for j in range(d):
+                square += w[j] * w[j]
+            norm = np.sqrt(square)
+            if unit and norm > 0:
+                inverse = one / norm
+                for j in range(d):
+                    w[j] *= inverse
+                norm = one
+            if norms.size:
+                norms[i] = norm
+        if low_copy.size:
+            bits = w.view(np.int32)
+            for j in range(d):  # to the nearest bfloat16, ties to even
+                up = np.int32(0x7FFF) + ((bits[j] >> np.int32(16)) & np.int32(1))
+                low_copy[i, j] = np.int16((bits[j] + up) >> np.int32(16))

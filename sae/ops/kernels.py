@@ -1,0 +1,122 @@
+"""The small set of sparse operations that training and inference are made of, and the choice of who computes them.
+
+`reference` is plain PyTorch on any device, `cpu` compiled loops (numba), `gpu` Triton. All three agree, the tests say.
+A matrix "by latent" is (d_sae, d) contiguous, one row a latent: W_dec as it is, W_enc transposed.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sae.ops.latents import ByLatent, SparseLatents
+
+log = logging.getLogger(__name__)
+
+
+class TooDense(Exception):
+    """More entries than there is room for, or than sparse work is worth; carries how many where that is known."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of a matrix's gradient: row i is the sum over latent i's entries e of coefficients[e] * dense[row of e]."""
+
+    latents: SparseLatents
+    coefficients: Tensor  # (entry,) float32, in the rows' order
+    dense: Tensor  # (batch, d) float32
+
+
+@dataclass(frozen=True)
+class AdamStep:
+    """One step's constants (Kingma & Ba 2015, algorithm 1); `clip`, on the device, multiplies every gradient first."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    step: int  # from 1
+    clip: Tensor  # (1,) float32
+
+
+class Kernels(Protocol):
+    """What each implementation offers. Sums have a fixed order: equal inputs give equal bits."""
+
+    name: str
+
+    def above(self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int) -> SparseLatents:
+        """Return the entries of z = x weight^T + bias that lie above threshold (d_sae,), with value z.
+
+        x (batch, d) float32, weight (d_sae, d) float32 or bfloat16, in which the product is then taken. Raises TooDense
+        where there are more than `room` entries and that is known without waiting; else starts[-1] tells.
+        """
+
+    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseLatents:
+        """Return the k largest positive entries of each row of z; see `above`."""
+
+    def decode(self, f: SparseLatents, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return f weight + bias, (batch, d) float32."""
+
+    def reconstruct(self, f: SparseLatents, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual r = f weight + bias - x (batch, d), its squared norm (batch,), and r . weight_i at each entry."""
+
+    def sample(self, f: SparseLatents, g: Tensor, weight: Tensor) -> Tensor:
+        """Return g_row . weight_latent at each entry, (entry,): the gradient of a decode, only where latents fire."""
+
+    def row_sum(self, f: SparseLatents, values: Tensor) -> Tensor:
+        """Sum values (entry,) over each row, (batch,)."""
+
+    def by_latent(self, f: SparseLatents) -> ByLatent:
+        """Return the entries in the order of their latents, rows ascending within each."""
+
+    def latent_sum(self, by: ByLatent, values: Tensor) -> Tensor:
+        """Sum values (entry, in the rows' order) over each latent, (d_sae,)."""
+
+    def gradient(
+        self, terms: Sequence[Term], weight: Tensor, along: Tensor | None, tangent: bool, out: Tensor, slots: Tensor | None,
+        fresh: bool,
+    ) -> Tensor:  # fmt: skip
+        """Write the gradient of a matrix by latent to `out`, and return each row's squared norm, (d_sae,).
+
+        Row i is the sum of the terms, plus along_i * weight_i, and with `tangent` less its part along weight_i, whose norm
+        is 1 then. It goes to out[slots_i]; a latent with slot -1 has no gradient. Where not `fresh`, out's content is
+        added to.
+        """
+
+    def adam(
+        self, step: AdamStep, weight: Tensor, gradient: Tensor, slots: Tensor | None, m: Tensor, v: Tensor,
+        low: Tensor | None, norms: Tensor | None, unit: bool,
+    ) -> None:  # fmt: skip
+        """Take Adam's step in place, in a pass that also brings rows to norm 1 (`unit`), and writes norms and bfloat16 copy."""
+
+
+@cache
+def kernels_for(device_type: str, reference: bool = False) -> Kernels:
+    """Return the fastest kernels that run on this device; a fallback to the reference is logged once."""
+    from sae.ops.reference import ReferenceKernels
+
+    if reference:
+        return ReferenceKernels()
+    try:
+        if device_type == "cpu":
+            from sae.ops.cpu import CPUKernels
+
+            return CPUKernels()
+        if device_type == "cuda":
+            from sae.ops.gpu import TritonKernels
+
+            return TritonKernels()
+    except ImportError as error:
+        log.warning("sparse kernels for %s are not to be had (%s); plain PyTorch computes them, slower", device_type, error)
+    else:
+        log.warning("no sparse kernels for %s; plain PyTorch computes them, slower", device_type)
+    return ReferenceKernels()
+
+
+def lowered(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x in the dtype that the encoder product is taken in."""
+    return x.to(weight.dtype) if weight.dtype == torch.bfloat16 else x

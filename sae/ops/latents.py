@@ -1,0 +1,246 @@
+"""Which latents fire, and how strongly: as compressed sparse rows, or as the plain (batch, d_sae) matrix.
+
+Losses are written once against `Latents`: `values` is a tensor that autograd follows, `of_latent` and `of_row` bring
+vectors into its shape, `dot` and `row_sum` bring it back to one number a row.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sae.ops.kernels import Kernels
+
+
+@dataclass(frozen=True)
+class Above:
+    """Keep pre-activations z > threshold: a number, or (d_sae,) of one a latent. 0 is ReLU; with JumpReLU's thresholds
+    lowered by half the bandwidth, exactly the entries that its straight-through estimator needs are kept."""
+
+    threshold: Tensor | float = 0.0
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Keep the k largest positive pre-activations of each row (Gao et al. 2024, section 2.3); ties: the lower latent."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class BatchTopK:
+    """Keep the batch * k largest positive pre-activations of the batch (Bussmann et al. 2024); ties: the earlier entry."""
+
+    k: int
+
+
+Rule = Above | TopK | BatchTopK
+
+
+@dataclass(frozen=True)
+class ByLatent:
+    """The same entries in the order of their latents: latent i has `rows` and `entries` from starts[i] to starts[i + 1].
+
+    starts (d_sae + 1) int64; rows (entry) int32; entries (entry) int32, where the entry stands in the rows' order.
+    """
+
+    starts: Tensor
+    rows: Tensor
+    entries: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each latent, (d_sae,) int64."""
+        return self.starts.diff()
+
+
+class Latents:
+    """The latents of a batch, (batch, d_sae) in effect."""
+
+    values: Tensor
+    d_sae: int
+
+    def with_values(self, values: Tensor) -> "Latents":
+        """Return the same entries with other values."""
+        raise NotImplementedError
+
+    def of_latent(self, vector: Tensor) -> Tensor:
+        """Bring (d_sae,) into the shape of `values`."""
+        raise NotImplementedError
+
+    def of_row(self, vector: Tensor) -> Tensor:
+        """Bring (batch,) into the shape of `values`."""
+        raise NotImplementedError
+
+    def row_sum(self, values: Tensor) -> Tensor:
+        """Sum what has the shape of `values` over each row, (batch,)."""
+        raise NotImplementedError
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """Return sum_i f_i vector_i of each row, (batch,); the vector is (d_sae,)."""
+        return self.row_sum(self.values * self.of_latent(vector))
+
+    def latent_counts(self) -> Tensor:
+        """Return in how many rows each latent is above zero, (d_sae,) int64."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """Return the (batch, d_sae) matrix; what is not kept is 0."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DenseLatents(Latents):
+    """The plain matrix."""
+
+    values: Tensor
+
+    @property
+    def d_sae(self) -> int:
+        """The width."""
+        return self.values.shape[-1]
+
+    def with_values(self, values: Tensor) -> "DenseLatents":
+        """See Latents."""
+        return DenseLatents(values)
+
+    def of_latent(self, vector: Tensor) -> Tensor:
+        """See Latents."""
+        return vector
+
+    def of_row(self, vector: Tensor) -> Tensor:
+        """See Latents."""
+        return vector[:, None]
+
+    def row_sum(self, values: Tensor) -> Tensor:
+        """See Latents."""
+        return values.sum(-1)
+
+    def dot(self, vector: Tensor) -> Tensor:
+        """One matrix-vector product, where values * vector would be another (batch, d_sae)."""
+        return self.values @ vector
+
+    def latent_counts(self) -> Tensor:
+        """See Latents."""
+        return (self.values > 0).sum(0)
+
+    def dense(self) -> Tensor:
+        """See Latents."""
+        return self.values
+
+
+@dataclass(frozen=True)
+class SparseLatents(Latents):
+    """Only what fires: row r has `latents` and `values` from starts[r] to starts[r + 1], latents ascending.
+
+    starts (batch + 1) int64; latents (entry) int32; values (entry) float32. Arrays may be longer than starts[-1] where
+    their length had to be fixed before it was known (CUDA): what stands behind it has latent 0 and value 0, and no
+    method of this class counts it.
+    """
+
+    starts: Tensor
+    latents: Tensor
+    values: Tensor
+    d_sae: int
+    kernels: "Kernels" = field(repr=False, compare=False)
+
+    def __len__(self) -> int:
+        """The rows."""
+        return len(self.starts) - 1
+
+    def with_values(self, values: Tensor) -> "SparseLatents":
+        """See Latents; the order by latent, where it is known already, is shared."""
+        other = replace(self, values=values)
+        other.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("index", "rows", "by_latent")})
+        return other
+
+    @cached_property
+    def index(self) -> Tensor:
+        """`latents` as int64, which torch indexes with."""
+        return self.latents.long()
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each entry, (entry) int64; behind the last one it is the last row."""
+        entries = torch.arange(len(self.latents), device=self.starts.device)
+        last = max(len(self) - 1, 0)
+        return torch.searchsorted(self.starts[1:], entries, right=True).clamp_(max=last)
+
+    @cached_property
+    def by_latent(self) -> ByLatent:
+        """The entries in the order of their latents."""
+        return self.kernels.by_latent(self)
+
+    def of_latent(self, vector: Tensor) -> Tensor:
+        """See Latents."""
+        taken: Tensor = _Take.apply(vector, self)  # type: ignore[no-untyped-call]
+        return taken
+
+    def of_row(self, vector: Tensor) -> Tensor:
+        """See Latents."""
+        return vector[self.rows]
+
+    def row_sum(self, values: Tensor) -> Tensor:
+        """See Latents."""
+        result: Tensor = _RowSum.apply(values, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def latent_counts(self) -> Tensor:
+        """See Latents."""
+        return self.kernels.latent_sum(self.by_latent, (self.values > 0).float()).long()
+
+    def dense(self) -> Tensor:
+        """See Latents."""
+        filled = torch.arange(len(self.latents), device=self.starts.device) < self.starts[-1]
+        out = self.values.new_zeros(len(self), self.d_sae)
+        if out.numel() == 0:
+            return out
+        return out.index_put((self.rows, self.index), torch.where(filled, self.values, 0), accumulate=True)
+
+    def keep(self, mask: Tensor) -> "SparseLatents":
+        """Return only the entries where `mask` (entry,) holds, in arrays as long as before on CUDA: no host wait."""
+        entries = torch.arange(len(self.latents), device=self.starts.device)
+        mask = mask & (entries < self.starts[-1])
+        before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+        starts = before[self.starts]
+        if mask.is_cuda:
+            target = torch.where(mask, before[1:] - 1, len(mask))  # one place more than there is, for what is dropped
+            latents = self.latents.new_zeros(len(mask) + 1).index_put_((target,), self.latents)[:-1]
+            values = self.values.new_zeros(len(mask) + 1).index_put_((target,), self.values)[:-1]
+            inside = entries < starts[-1]
+            return SparseLatents(starts, latents * inside, values * inside, self.d_sae, self.kernels)
+        return SparseLatents(starts, self.latents[mask], self.values[mask], self.d_sae, self.kernels)
+
+
+def of_dense(f: Tensor, kernels: "Kernels") -> SparseLatents:
+    """Return what is not zero in (batch, d_sae)."""
+    row, latent = torch.nonzero(f, as_tuple=True)
+    starts = torch.nn.functional.pad(torch.bincount(row, minlength=len(f)).cumsum(0), (1, 0))
+    return SparseLatents(starts, latent.int(), f[row, latent].float(), f.shape[1], kernels)
+
+
+class _RowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, f: SparseLatents) -> Tensor:
+        ctx.f = f
+        return f.kernels.row_sum(f, values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient[ctx.f.rows], None
+
+
+class _Take(torch.autograd.Function):
+    """vector[latents], whose gradient is a sum by latent: torch's own scatters with atomics, in no fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, f: SparseLatents) -> Tensor:
+        ctx.f = f
+        return vector[f.index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.f.kernels.latent_sum(ctx.f.by_latent, gradient.contiguous()), None

@@ -1,0 +1,330 @@
+"""What losses are written with: `Ops`, once as plain dense autograd, once sparse.
+
+The sparse form computes no weight gradient during backward. It leaves terms on `Rows`, and the optimiser evaluates them in
+its own pass over the weights: so several losses on one matrix cost no additional pass, and latents that did not fire no memory.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sae.ops.kernels import Kernels, Term, TooDense
+from sae.ops.latents import Above, BatchTopK, DenseLatents, Latents, Rule, SparseLatents, TopK
+
+_SAMPLE = 256  # rows whose top k tell where a batch's cut will lie
+_SLACK = 0.8  # candidates for the next batch's cut lie above this share of the last
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """x_hat - x (batch, d_in), without gradient, and its squared norm (batch,), with it."""
+
+    residual: Tensor
+    error: Tensor
+
+
+class Ops(Protocol):
+    """The operations of a loss. Weights are the SAE's own parameters; gradients reach them when the loss is backpropagated."""
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule, b_dec: Tensor | None = None) -> Latents:
+        """Return the pre-activations z = (x - b_dec) W_enc + b_enc that the rule keeps; x is (batch, d_in) float32."""
+
+    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
+        """Return how far f W_dec + b_dec is from x: the squared error is taken in the same pass as the decoding."""
+
+    def decode(self, f: Latents, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        """Return f W_dec + b_dec, (batch, d_in), for losses that are more than a squared error."""
+
+    def norms(self, W_dec: Tensor) -> Tensor:
+        """Return ||W_dec,i||, (d_sae,)."""
+
+    def encoder_rows(self, W_enc: Tensor, which: Tensor) -> Tensor:
+        """Return the columns of W_enc of a few different latents, as rows (n, d_in)."""
+
+    def decoder_rows(self, W_dec: Tensor, which: Tensor) -> Tensor:
+        """Return the rows of W_dec of a few different latents, (n, d_in)."""
+
+    def entries(self) -> int:
+        """Return how many entries the step's latents had, so far. Raises TooDense where they did not fit."""
+
+
+class HostCount:
+    """A number on its way to the host. Waiting for it lets whatever was queued behind it run on."""
+
+    def __init__(self, count: Tensor) -> None:
+        """Start the copy of a scalar."""
+        self._host = torch.empty((), dtype=torch.int64, pin_memory=count.is_cuda)
+        self._host.copy_(count.detach(), non_blocking=True)
+        self._arrived = torch.cuda.Event() if count.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def wait(self) -> int:
+        """Return the number."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._host)
+
+
+class DenseOps:
+    """Plain autograd over (batch, d_sae) matrices: the reference of everything, and the faster way while much fires.
+
+    With compute_dtype bfloat16 all products are taken in it (autocast); sums and losses are float32.
+    """
+
+    def __init__(self, compute_dtype: torch.dtype = torch.float32) -> None:
+        """Say what dtype products are taken in."""
+        self._dtype = compute_dtype
+        self._counts: list[HostCount] = []
+
+    def _product(self, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(a.device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
+            product: Tensor = a @ b
+        return product
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule, b_dec: Tensor | None = None) -> Latents:
+        """See Ops."""
+        z = self._product(x if b_dec is None else x - b_dec, W_enc) + b_enc
+        f = DenseLatents(select(z, rule))
+        self._counts.append(HostCount(torch.count_nonzero(f.values.detach())))
+        return f
+
+    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
+        """See Ops."""
+        residual = self.decode(f, W_dec, b_dec) - x
+        return Reconstruction(residual.detach(), residual.square().sum(-1))
+
+    def decode(self, f: Latents, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        """See Ops."""
+        return self._product(f.values, W_dec) + b_dec
+
+    def norms(self, W_dec: Tensor) -> Tensor:
+        """See Ops."""
+        return W_dec.norm(dim=1)
+
+    def encoder_rows(self, W_enc: Tensor, which: Tensor) -> Tensor:
+        """See Ops."""
+        return W_enc.T[which]
+
+    def decoder_rows(self, W_dec: Tensor, which: Tensor) -> Tensor:
+        """See Ops."""
+        return W_dec[which]
+
+    def entries(self) -> int:
+        """See Ops."""
+        counts, self._counts = self._counts, []
+        return sum(count.wait() for count in counts)
+
+
+def select(z: Tensor, rule: Rule) -> Tensor:
+    """Return z (batch, d_sae) where the rule keeps it, else 0: the dense form of every rule."""
+    if isinstance(rule, Above):
+        if isinstance(rule.threshold, float) and rule.threshold == 0:
+            return torch.relu(z)
+        return torch.where(z > rule.threshold, z, 0)
+    flat = z.flatten() if isinstance(rule, BatchTopK) else z
+    count = min(rule.k * (len(z) if isinstance(rule, BatchTopK) else 1), flat.shape[-1])
+    # a stable sort, for torch.topk promises nothing about ties
+    kept = flat.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, kept, True).view_as(z)
+    return torch.where(mask & (z > 0), z, 0)
+
+
+@dataclass
+class Rows:
+    """A matrix by latent, (d_sae, d) float32, what the optimiser keeps beside it, and a step's gradient in parts.
+
+    `low` is its bfloat16 copy and `norms` the rows' norms, as of the last step. The gradient is the sum of `terms`, of
+    along_i * row i, and of the `subsets`' (latents, gradient of their rows).
+    """
+
+    weight: Tensor
+    low: Tensor | None = None
+    norms: Tensor | None = None
+    terms: list[Term] = field(default_factory=list)
+    along: Tensor | None = None
+    subsets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget the gradient."""
+        self.terms, self.along, self.subsets = [], None, []
+
+
+class SparseOps:
+    """The same operations over the entries that fire. `room` is the share of (batch, d_sae) that they may take."""
+
+    def __init__(self, kernels: Kernels, rows: Mapping[Tensor, Rows], room: float = 1.0) -> None:
+        """Work on the parameters that `rows` knows."""
+        self.kernels, self.room = kernels, room
+        self._rows = rows
+        self._counts: list[tuple[HostCount, int, int]] = []  # with the least and the most that it may be
+        self._floors: dict[Tensor, Tensor] = {}  # where the last cut of BatchTopK lay: what only speeds up the next
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule, b_dec: Tensor | None = None) -> Latents:
+        """See Ops."""
+        rows = self._rows[W_enc]
+        with torch.no_grad():
+            centred = x if b_dec is None else x - b_dec
+            weight = rows.weight if rows.low is None else rows.low
+            f = self._select(centred, weight, b_enc, rule)
+        return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
+
+    def _select(self, x: Tensor, weight: Tensor, bias: Tensor, rule: Rule) -> SparseLatents:
+        room = int(self.room * len(x) * len(bias))
+        if isinstance(rule, Above):
+            threshold = torch.as_tensor(rule.threshold, dtype=torch.float32, device=x.device).expand(len(bias)).contiguous()
+            f = self.kernels.above(x, weight, bias.detach(), threshold.detach(), room)
+            self._counts.append((HostCount(f.starts[-1]), 0, room))
+            return f
+        if isinstance(rule, TopK):
+            f = self.kernels.topk(x, weight, bias.detach(), min(rule.k, len(bias)))
+            self._counts.append((HostCount(f.starts[-1]), 0, len(x) * rule.k))
+            return f
+        return self._batch_topk(x, weight, bias, rule.k, room)
+
+    def _batch_topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, room: int) -> SparseLatents:
+        """Take the entries above a floor that the cut surely lies above, then the largest of them; exact, whatever the floor."""
+        wanted = min(k, len(bias)) * len(x)
+        floor = self._floors.get(bias)
+        if floor is None:
+            cuts = self.kernels.topk(x[:_SAMPLE], weight, bias.detach(), min(k, len(bias))).values
+            floor = _SLACK * cuts.median() if len(cuts) else torch.zeros((), device=x.device)
+        candidates = self.kernels.above(x, weight, bias.detach(), floor.expand(len(bias)).contiguous(), room)
+        if not x.is_cuda and len(candidates.values) < wanted and float(floor) > 0:  # too high a floor
+            candidates = self.kernels.above(x, weight, bias.detach(), torch.zeros(len(bias)), x.shape[0] * len(bias))
+        if x.is_cuda:  # whether the floor served is known later
+            self._counts.append((HostCount(candidates.starts[-1]), wanted, room))
+        if len(candidates.values) <= wanted:
+            self._floors.pop(bias, None)
+            return candidates
+        values = candidates.values
+        cut = values.sort(descending=True).values[wanted - 1] if x.is_cuda else values.kthvalue(len(values) - wanted + 1).values
+        self._floors[bias] = _SLACK * cut
+        above, ties = values > cut, values == cut
+        return candidates.keep(above | (ties & (ties.cumsum(0) <= wanted - above.sum())))
+
+    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
+        """See Ops."""
+        assert isinstance(f, SparseLatents)
+        residual, error = _Reconstruct.apply(f.values, W_dec, b_dec, x, f, self._rows[W_dec])  # type: ignore[no-untyped-call]
+        return Reconstruction(residual, error)
+
+    def decode(self, f: Latents, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        """See Ops."""
+        result: Tensor = _Decode.apply(f.values, W_dec, b_dec, f, self._rows[W_dec])  # type: ignore[no-untyped-call]
+        return result
+
+    def norms(self, W_dec: Tensor) -> Tensor:
+        """See Ops."""
+        result: Tensor = _Norms.apply(W_dec, self._rows[W_dec])  # type: ignore[no-untyped-call]
+        return result
+
+    def encoder_rows(self, W_enc: Tensor, which: Tensor) -> Tensor:
+        """See Ops."""
+        result: Tensor = _Subset.apply(W_enc, which, self._rows[W_enc])  # type: ignore[no-untyped-call]
+        return result
+
+    def decoder_rows(self, W_dec: Tensor, which: Tensor) -> Tensor:
+        """See Ops."""
+        result: Tensor = _Subset.apply(W_dec, which, self._rows[W_dec])  # type: ignore[no-untyped-call]
+        return result
+
+    def entries(self) -> int:
+        """See Ops."""
+        counts, self._counts = self._counts, []
+        total = 0
+        for count, least, most in counts:
+            if not least <= count.wait() <= most:
+                self._floors.clear()
+                raise TooDense
+            total += count.wait()
+        return total
+
+
+# The derivatives. Matrices go in so that autograd knows there is something to find, and get None: see `Rows`.
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, x: Tensor, f: SparseLatents, centred: Tensor, rows: Rows
+    ) -> Tensor:
+        ctx.f, ctx.centred, ctx.rows = f, centred, rows
+        return f.values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        f, rows = ctx.f, ctx.rows
+        gradient = gradient.contiguous()
+        rows.terms.append(Term(f, gradient, ctx.centred))
+        of_bias = f.kernels.latent_sum(f.by_latent, gradient)
+        # every row has the same b_dec: its gradient is W_enc times the column sums, not a (batch, d_in) matrix
+        of_centre = -(of_bias @ rows.weight) if ctx.needs_input_grad[2] else None
+        of_x = None
+        if ctx.needs_input_grad[3]:
+            of_x = f.kernels.decode(f.with_values(gradient), rows.weight, torch.zeros_like(rows.weight[0]))
+        return None, of_bias, of_centre, of_x, None, None, None
+
+
+class _Reconstruct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, f: SparseLatents, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        residual, error, ctx.dots = f.kernels.reconstruct(f, rows.weight, b_dec, x)
+        ctx.f, ctx.rows, ctx.residual = f, rows, residual
+        ctx.mark_non_differentiable(residual)
+        return residual, error
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, gradient: Tensor) -> Any:
+        f = ctx.f
+        weights = f.of_row(2 * gradient)
+        ctx.rows.terms.append(Term(f, weights * f.values.detach(), ctx.residual))
+        of_x = -2 * gradient[:, None] * ctx.residual if ctx.needs_input_grad[3] else None
+        return weights * ctx.dots, None, 2 * gradient @ ctx.residual, of_x, None, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, f: SparseLatents, rows: Rows) -> Tensor:
+        ctx.f, ctx.rows = f, rows
+        decoded: Tensor = f.kernels.decode(f, rows.weight, b_dec.detach())
+        return decoded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        f, rows = ctx.f, ctx.rows
+        gradient = gradient.contiguous()
+        rows.terms.append(Term(f, f.values.detach(), gradient))
+        return f.kernels.sample(f, gradient, rows.weight), None, gradient.sum(0), None, None
+
+
+class _Norms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W_dec: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        ctx.norms = rows.weight.norm(dim=1) if rows.norms is None else rows.norms.clone()
+        norms: Tensor = ctx.norms.clone()
+        return norms
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        along = torch.where(ctx.norms > 0, gradient / ctx.norms, 0)  # d||w|| = w / ||w||
+        ctx.rows.along = along if ctx.rows.along is None else ctx.rows.along + along
+        return None, None
+
+
+class _Subset(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, which: Tensor, rows: Rows) -> Tensor:
+        ctx.which, ctx.rows = which, rows
+        return rows.weight[which]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.rows.subsets.append((ctx.which, gradient))
+        return None, None, None
