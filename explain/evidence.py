@@ -16,10 +16,12 @@ from activation_store.errors import InputError
 from activation_store.files import write_atomic
 from activation_store.progress import Progress
 from activation_store.store import ActivationStore
+from sae.ops import SparseLatents
 from sae.sae import SAE, LatentStatistics
 from sae.statistics import RunningStatistics
 
 _MISSING = -1
+_PEAKS_AT_ONCE = 1 << 25
 
 
 @dataclass
@@ -39,16 +41,31 @@ class Ranking:
         """Hold nothing yet."""
         return cls(torch.full((d_sae, k), -1.0), torch.zeros(d_sae, k), torch.full((d_sae, k), _MISSING))
 
-    def update(self, keys: Tensor, values: Tensor, windows: Tensor) -> None:
-        """Merge candidates: keys and values (windows, d_sae), window numbers (windows,); keys <= 0 do not count."""
+    def update(self, latents: Tensor, keys: Tensor, values: Tensor, windows: Tensor) -> None:
+        """Merge candidates, (candidate,) each, at most one a latent and window; of equal keys the earlier stays.
+
+        Only latents that have a candidate better than their last place are touched: after the first windows, few.
+        """
         k = self.keys.shape[1]
-        fresh_keys, place = torch.topk(keys.T, min(k, len(windows)), dim=1)
-        fresh_values = values.T.gather(1, place)
-        fresh_windows = torch.where(fresh_keys > 0, windows[place], _MISSING)
-        all_keys = torch.cat([self.keys, torch.where(fresh_keys > 0, fresh_keys, -1.0)], 1)
-        self.keys, place = torch.topk(all_keys, k, dim=1)
-        self.values = torch.cat([self.values, fresh_values], 1).gather(1, place)
-        self.windows = torch.cat([self.windows, fresh_windows], 1).gather(1, place)
+        better = keys > self.keys[latents, -1]
+        latents, keys, values, windows = latents[better], keys[better], values[better], windows[better]
+        order = keys.argsort(descending=True, stable=True)
+        order = order[latents[order].argsort(stable=True)]  # by latent, strongest first
+        touched, row, counts = torch.unique_consecutive(latents[order], return_inverse=True, return_counts=True)
+        place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[row]
+        order, row, place = order[place < k], row[place < k], place[place < k]
+
+        def merged(mine: Tensor, theirs: Tensor, missing: float) -> Tensor:
+            fresh = torch.full((len(touched), k), missing, dtype=mine.dtype)
+            fresh[row, place] = theirs[order]
+            return torch.cat([mine[touched], fresh], 1)
+
+        all_keys, all_values = merged(self.keys, keys, -1.0), merged(self.values, values, 0.0)
+        all_windows = merged(self.windows, windows, _MISSING)
+        best = all_keys.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        self.keys[touched] = all_keys.gather(1, best)
+        self.values[touched] = all_values.gather(1, best)
+        self.windows[touched] = all_windows.gather(1, best)
 
 
 @dataclass
@@ -113,21 +130,22 @@ def gather_evidence(
     of_latent = torch.rand(d_sae, generator=generator)
     of_window = torch.rand(last - first, generator=generator)
     special = torch.from_numpy(store.special.reshape(-1))
-    step = max(1, 4096 // window)
+    step = max(1, min(4096 // window, _PEAKS_AT_ONCE // d_sae))
     device = sae.b_dec.device
     saved = time.monotonic()
     while position < last:
         stop = min(position + step, last)
         rows = slice(position * window, stop * window)
-        f = sae.encode(store.read(hook, rows).to(device)).cpu()
         plain = ~special[rows]
-        running.update(f[plain])
-        peaks = f.masked_fill_(~plain[:, None], 0.0).view(stop - position, window, d_sae).amax(1)
-        numbers = torch.arange(position, stop)
-        tops.update(peaks, peaks, numbers)
+        f = sae.encode_sparse(store.read(hook, rows)[plain].to(device))
+        running.update(f)
+        peaks = _peaks(f, (torch.arange(len(plain)) // window)[plain].to(device), stop - position).cpu()
+        place, latents = torch.nonzero(peaks, as_tuple=True)
+        strongest, numbers = peaks[place, latents], position + place
+        tops.update(latents, strongest, strongest, numbers)
         if sample:
-            priority = (of_window[position - first : stop - first, None] + of_latent).frac_()
-            samples.update(priority.masked_fill_(peaks <= 0, -1.0), peaks, numbers)
+            priority = (of_window[numbers - first] + of_latent[latents]).frac_()
+            samples.update(latents, priority, strongest, numbers)
         position = stop
         progress((position - first) * window, (last - first) * window)
         if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds and position < last:
@@ -139,3 +157,11 @@ def gather_evidence(
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
     return Evidence(tops, samples, running.result(), (first, last))
+
+
+def _peaks(f: SparseLatents, window: Tensor, windows: int) -> Tensor:
+    """Return each latent's maximum in each window, (windows, d_sae), 0 where it does not fire; `window` is each row's."""
+    peaks = torch.zeros(windows * f.d_sae, device=f.values.device)
+    if len(f):
+        peaks.scatter_reduce_(0, window[f.rows] * f.d_sae + f.index, f.values, "amax")
+    return peaks.view(windows, f.d_sae)

@@ -159,10 +159,11 @@ def _read(
     for start in range(0, len(windows), at_once):
         block = windows[start : start + at_once]
         rows = (block[:, None] * window + np.arange(window)).reshape(-1)
-        f = sae.encode(store.read(hook, rows).to(sae.b_dec.device)).cpu()
-        f = f.masked_fill(torch.from_numpy(special[rows])[:, None], 0.0).view(len(block), window, -1)
+        f = sae.encode_sparse(store.read(hook, rows).to(sae.b_dec.device))
         here = np.flatnonzero((index >= start) & (index < start + len(block)))
-        values[here] = f[torch.from_numpy(index[here] - start), :, latents[here]]
+        wanted = (torch.from_numpy(index[here] - start) * window)[:, None] + torch.arange(window)
+        found = f.at(wanted.to(f.starts.device), latents[here, None].to(f.starts.device)).cpu()
+        values[here] = found.masked_fill(torch.from_numpy(special[rows])[wanted], 0.0)
     result = []
     for i, (latent, number, kind) in enumerate(pairs):
         ids = tokens[number * window : (number + 1) * window].tolist()

@@ -63,14 +63,13 @@ class _Moments:
         self.sum = torch.zeros(d_in, dtype=torch.float64)
         self.fired = torch.zeros(d_sae, dtype=torch.int64)
 
-    def update(self, x: Tensor, f: Tensor, reconstruction: Tensor) -> None:
+    def update(self, x: Tensor, reconstruction: Tensor, counts: Tensor) -> None:
         self.tokens += len(x)
         self.error += float((x - reconstruction).double().square().sum())
         self.square += float(x.double().square().sum())
         self.sum += x.double().sum(0).cpu()
-        active = f > 0
-        self.l0 += float(active.sum())
-        self.fired += active.sum(0).cpu()
+        self.l0 += float(counts.sum())
+        self.fired += counts.cpu()
 
     def figures(self) -> dict[str, Any]:
         n = max(self.tokens, 1)
@@ -95,11 +94,11 @@ def _reconstruction(sae: SAE, store: ActivationStore, hook: str, progress: Calla
     for start in range(first, store.rows, 4096):
         stop = min(start + 4096, store.rows)
         x = store.read(hook, slice(start, stop)).to(device)
-        f = sae.encode(x)
-        reconstruction = sae.decode(f)
+        f = sae.encode_sparse(x)
+        reconstruction = sae.decode_sparse(f)
         rows = kept[start:stop].to(device)
-        all_tokens.update(x, f, reconstruction)
-        plain.update(x[rows], f[rows], reconstruction[rows])
+        all_tokens.update(x, reconstruction, f.latent_counts())
+        plain.update(x[rows], reconstruction[rows], f.keep(rows[f.rows]).latent_counts())
         progress(stop - first)
     return {"with_special": all_tokens.figures(), "without_special": plain.figures()}
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from activation_store.progress import Progress
 from activation_store.store import ActivationStore
+from sae.ops import SparseLatents
 from sae.sae import HISTOGRAM_EDGES, SAE, LatentStatistics
 
 _BINS = len(HISTOGRAM_EDGES) - 1
@@ -21,16 +22,17 @@ class RunningStatistics:
         self.histogram = torch.zeros(d_sae, _BINS, dtype=torch.int64)
         self.tokens = torch.zeros((), dtype=torch.int64)
 
-    def update(self, f: Tensor) -> None:
-        """Add latents (token, d_sae); special tokens must not be among them."""
-        if len(f):
-            self.maximum = torch.maximum(self.maximum, f.amax(0).cpu())
-            token, latent = torch.nonzero(f > 0, as_tuple=True)
-            values = f[token, latent]
-            bins = ((values.log2() - math.log2(HISTOGRAM_EDGES[0])) * 2).floor().clamp_(0, _BINS - 1).long()
-            counts = torch.bincount(latent * _BINS + bins, minlength=self.histogram.numel()).view_as(self.histogram)
-            self.histogram += counts.cpu()
-            self.tokens += len(f)
+    def update(self, f: SparseLatents) -> None:
+        """Add the latents of a batch of tokens; special tokens must not be among them."""
+        fires = f.values > 0
+        latent, values = f.index[fires], f.values[fires]
+        self.maximum = torch.maximum(
+            self.maximum, torch.zeros(len(self.maximum), device=values.device).scatter_reduce_(0, latent, values, "amax").cpu()
+        )
+        bins = ((values.log2() - math.log2(HISTOGRAM_EDGES[0])) * 2).floor().clamp_(0, _BINS - 1).long()
+        counts = torch.bincount(latent * _BINS + bins, minlength=self.histogram.numel()).view_as(self.histogram)
+        self.histogram += counts.cpu()
+        self.tokens += len(f)
 
     def result(self) -> LatentStatistics:
         """Return what was seen so far."""
@@ -61,6 +63,6 @@ def latent_statistics(
     for start in range(0, border, batch):
         stop = min(start + batch, border)
         x = store.read(name, slice(start, stop))[kept[start:stop]]
-        running.update(sae.encode(x.to(device)))
+        running.update(sae.encode_sparse(x.to(device)))
         progress(stop, border)
     return running.result()

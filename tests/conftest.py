@@ -18,6 +18,8 @@ import torch
 from activation_store import ActivationStore, DataConfig, HarvestConfig, ModelConfig
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its kernels are tested without a GPU
 
 ROOT = Path(__file__).resolve().parent.parent
 TOPICS = {

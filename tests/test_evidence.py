@@ -109,8 +109,10 @@ def test_ranking_keeps_the_best_however_candidates_arrive(order: list[int], k: i
     ranking = Ranking.empty(2, k)
     edges = sorted({0, len(order), *cuts})
     for start, stop in pairwise(edges):
-        part = torch.stack([keys[start:stop], -keys[start:stop]], 1)  # a second latent with the order turned about
-        ranking.update(part, 100 * part, torch.arange(1000 + start, 1000 + stop))
+        part = torch.cat([keys[start:stop], -keys[start:stop]])  # a second latent with the order turned about
+        latents = torch.arange(2).repeat_interleave(stop - start)
+        fires = part > 0
+        ranking.update(latents[fires], part[fires], 100 * part[fires], torch.arange(1000 + start, 1000 + stop).repeat(2)[fires])
     for latent, column in enumerate((keys, -keys)):
         best = [i for i in sorted(range(len(order)), key=lambda i: -float(column[i])) if column[i] > 0][:k]
         missing = k - len(best)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from sae.config import TrainConfig
 from sae.ops import Rule, SparseLatents, TopK, kernels_for
 from sae.ops.latents import Above, of_dense
-from sae.ops.training import select
+from sae.ops.training import select, thresholds
 from sae.sae import SAE, SAEConfig
 
 
@@ -49,9 +49,8 @@ class LinearSAE(SAE):
         if isinstance(rule, TopK):
             return kernels.topk(x, self.W_enc.T.detach(), self.b_enc.detach(), min(rule.k, self.cfg.d_sae))
         assert isinstance(rule, Above)
-        threshold = torch.as_tensor(rule.threshold, dtype=torch.float32, device=x.device).expand(self.cfg.d_sae).contiguous()
-        room = len(x) * self.cfg.d_sae
-        return kernels.above(x, self.W_enc.T.detach(), self.b_enc.detach(), threshold.detach(), room)
+        bars = thresholds(rule, self.cfg.d_sae, x.device)
+        return kernels.above(x, self.W_enc.T.detach(), self.b_enc.detach(), bars, len(x) * self.cfg.d_sae)
 
     @torch.no_grad()
     def decode_sparse(self, f: SparseLatents) -> Tensor:

@@ -36,6 +36,7 @@ class SAELensFormat:
     def load(self, path: Path) -> SAE:
         """Read weights and config; every shape is checked against the config."""
         from sae.architectures import ARCHITECTURES
+        from sae.architectures.linear import LinearSAE
 
         cfg: dict[str, Any] = json.loads((path / _CONFIG).read_text())
         if cfg["architecture"] not in ARCHITECTURES:
@@ -49,7 +50,7 @@ class SAELensFormat:
             SAEConfig(
                 architecture=cfg["architecture"], d_in=cfg["d_in"], d_sae=cfg["d_sae"], hook_name=metadata.get("hook_name"),
                 dtype=str(cfg.get("dtype", "float32")).removeprefix("torch."),
-                apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True), metadata=metadata,
+                apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True), k=cfg.get("k"), metadata=metadata,
             )
         )  # fmt: skip
         try:
@@ -61,6 +62,9 @@ class SAELensFormat:
         if expected != found:
             raise InputError(f"{path}: tensors {found} do not fit the config, which asks for {expected}")
         sae.load_state_dict(weights)
+        if cfg.get("rescale_acts_by_decoder_norm") and isinstance(sae, LinearSAE):
+            with torch.no_grad():  # latents are compared after scaling by decoder norms: fold those
+                sae.fold_norms(sae.W_dec.norm(dim=1))
         if (path / _LATENTS).exists():
             side = load_file(path / _LATENTS)
             tokens = int(side.pop("tokens"))
@@ -80,6 +84,8 @@ class SAELensFormat:
             "reshape_activations": "none",
             "metadata": {"sae_lens_version": _FORMAT, **sae.cfg.metadata, "hook_name": sae.cfg.hook_name},
         }
+        if sae.cfg.k is not None:
+            config |= {"k": sae.cfg.k, "rescale_acts_by_decoder_norm": False}
         with folder_aside(path) as aside:
             weights = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
             save_file(weights, aside / _WEIGHTS)

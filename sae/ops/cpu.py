@@ -23,9 +23,9 @@ from sae.ops.latents import ByLatent, SparseLatents
 # is not either. NaN and infinity still come through: nnan and ninf are left out.
 _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "arcp", "contract", "afn"})
 
-_CHUNK_ROWS = 512  # pre-activations of this many rows at a time: smaller products run slower, larger ones leave the cache
+_CHUNK_ROWS = 1024  # pre-activations of this many rows at a time: smaller products run slower, more would leave the cache
 _CHUNK_BYTES = 64 * 2**20
-_RANGES = 8  # a thread; more than one evens out rows of different length
+_RANGES = 4  # a thread; more than one evens out rows of different length
 _NO_VECTOR, _NO_MATRIX = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
 
 
@@ -62,7 +62,7 @@ class CPUKernels:
             part = lowered(x[start : start + chunk], weight)
             here = torch.mm(part, weight.T, out=z[: len(part)])
             array = here.view(torch.int16 if here.dtype == torch.bfloat16 else torch.int32).numpy()
-            found += _in_ranges(partial(select, array), len(part))
+            found += _in_ranges(partial(select, array), len(part), each=2)
             if sum(len(values) for _, _, values in found) > room:
                 raise TooDense
         counts = np.concatenate([np.zeros(1, np.int64), *(c for c, _, _ in found)])
@@ -96,7 +96,7 @@ class CPUKernels:
     def row_sum(self, f: SparseLatents, values: Tensor) -> Tensor:
         """See Kernels."""
         out = torch.empty(len(f))
-        _over(len(f), _row_sum, f.starts.numpy(), values.detach().contiguous().numpy(), out.numpy())
+        _over(len(f), _row_sum, f.starts.numpy(), values.detach().contiguous().numpy(), out.numpy(), each=1)
         return out
 
     def by_latent(self, f: SparseLatents) -> ByLatent:
@@ -107,9 +107,8 @@ class CPUKernels:
     def latent_sum(self, by: ByLatent, values: Tensor) -> Tensor:
         """See Kernels."""
         out = torch.empty(len(by.starts) - 1)
-        _over(
-            len(out), _latent_sum, by.starts.numpy(), by.entries.numpy(), values.detach().contiguous().numpy(), out.numpy()
-        )
+        arrays = by.starts.numpy(), by.entries.numpy(), values.detach().contiguous().numpy(), out.numpy()
+        _over(len(out), _latent_sum, *arrays, each=1)
         return out
 
     def gradient(
@@ -161,18 +160,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="sae-ops")
 
 
-def _in_ranges(work: Callable[[int, int], Any], count: int) -> list[Any]:
-    """Return work(low, high) for ranges that make up 0 to count, in their order."""
+def _in_ranges(work: Callable[[int, int], Any], count: int, each: int = _RANGES) -> list[Any]:
+    """Return work(low, high) for ranges that make up 0 to count, in their order, `each` a thread."""
     threads = torch.get_num_threads()
-    parts = min(count, threads * _RANGES)
+    parts = min(count, threads * each)
     cuts = [count * i // parts for i in range(parts + 1)] if parts else [0]
     if threads == 1:
         return [work(low, high) for low, high in pairwise(cuts)]
     return list(_pool(threads).map(work, cuts[:-1], cuts[1:]))
 
 
-def _over(count: int, loop: Callable[..., None], *arrays: Any) -> None:
-    _in_ranges(lambda low, high: loop(low, high, *arrays), count)
+def _over(count: int, loop: Callable[..., None], *arrays: Any, each: int = _RANGES) -> None:
+    _in_ranges(lambda low, high: loop(low, high, *arrays), count, each)
 
 
 def _csr(f: SparseLatents) -> tuple[Any, Any, Any]:
@@ -183,100 +182,83 @@ def _csr(f: SparseLatents) -> tuple[Any, Any, Any]:
 
 
 @_compiled
-def _row(z: Any, r: int, bias: Any, bits: Any, row: Any) -> None:  # pragma: no cover - compiled
-    """Bring row r of z, the bits of float32 or bfloat16, with the bias added, into `row`; `bits` is a view of `row`."""
+def _flag(z: Any, bias: Any, bars: Any, bar: Any, bits: Any, row: Any, flags: Any) -> None:  # pragma: no cover - compiled
+    """Bring a row of z, the bits of float32 or bfloat16, with the bias added, into `row`, and flag what is above the bars.
+
+    `bits` is a view of `row`. The bar is bars[j] + bar. All three loops are vectorised.
+    """
     shift = np.int32(32 - 8 * z.itemsize)  # a bfloat16 is the upper half of a float32
     for j in range(row.size):
-        bits[j] = np.int32(z[r, j]) << shift
+        bits[j] = np.int32(z[j]) << shift
     for j in range(row.size):
-        row[j] += bias[j]
+        value = row[j] + bias[j]
+        row[j] = value
+        flags[j] = value > bars[j] + bar
+
+
+@_compiled
+def _collect(row: Any, flags: Any, words: Any, latents: Any, values: Any, end: int) -> int:  # pragma: no cover - compiled
+    """Append the flagged entries of a row; eight flags at a time are looked at, and most times none of them is set."""
+    for w in range(words.size):
+        if words[w]:
+            for j in range(8 * w, 8 * w + 8):
+                if flags[j]:
+                    latents[end], values[end] = j, row[j]
+                    end += 1
+    return end
 
 
 @_compiled
 def _above(z: Any, low: int, high: int, bias: Any, threshold: Any) -> Any:  # pragma: no cover - compiled
     d_sae = z.shape[1]
-    row = np.empty(d_sae, np.float32)
-    bits = row.view(np.int32)
+    row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
+    bits, words = row.view(np.int32), flags.view(np.uint64)
     counts = np.empty(high - low, np.int64)
     # room for everything: pages that are never written cost nothing
     latents, values = np.empty((high - low) * d_sae, np.int32), np.empty((high - low) * d_sae, np.float32)
     end = 0
-    whole = d_sae - d_sae % 16
     for r in range(low, high):
-        _row(z, r, bias, bits, row)
         begin = end
-        for j0 in range(0, whole, 16):
-            hits = 0
-            for j in range(j0, j0 + 16):
-                hits += row[j] > threshold[j]
-            if hits:  # few blocks have any
-                for j in range(j0, j0 + 16):
-                    latents[end] = j
-                    values[end] = row[j]
-                    end += row[j] > threshold[j]
-        for j in range(whole, d_sae):
-            if row[j] > threshold[j]:
-                latents[end] = j
-                values[end] = row[j]
-                end += 1
+        _flag(z[r], bias, threshold, np.float32(0), bits, row, flags)
+        end = _collect(row, flags, words, latents, values, end)
         counts[r - low] = end - begin
     return counts, latents[:end].copy(), values[:end].copy()
 
 
 @_compiled
-def _largest(latents: Any, values: Any, count: int, k: int) -> Any:  # pragma: no cover - compiled
-    """Keep the k largest of the first `count` entries, in their order; return the smallest kept."""
-    least = np.partition(values[:count], count - k)[count - k]
-    ties = k
-    for p in range(count):
-        ties -= values[p] > least
-    end = 0
-    for p in range(count):
-        if values[p] > least or (values[p] == least and ties > 0):
-            ties -= values[p] == least
-            latents[end], values[end] = latents[p], values[p]
-            end += 1
-    return least
-
-
-@_compiled
 def _topk(z: Any, low: int, high: int, bias: Any, k: int) -> Any:  # pragma: no cover - compiled
-    """A row's entries pass a bar that rises to the k-th largest whenever the buffer of candidates is full."""
+    """Candidates are what lies above a bar that the row before suggests; it is lowered until there are k, or down to 0."""
     d_sae = z.shape[1]
-    row = np.empty(d_sae, np.float32)
-    bits = row.view(np.int32)
-    counts = np.empty(high - low, np.int64)
-    room = min(d_sae, 4 * k + 64)
-    candidates, strengths = np.empty(room + 16, np.int32), np.empty(room + 16, np.float32)
+    row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
+    bits, words = row.view(np.int32), flags.view(np.uint64)
+    candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
+    counts, zeros = np.empty(high - low, np.int64), np.zeros(d_sae, np.float32)
     latents, values = np.empty((high - low) * k, np.int32), np.empty((high - low) * k, np.float32)
-    end = 0
+    end, bar = 0, np.float32(0)
     for r in range(low, high):
-        _row(z, r, bias, bits, row)
-        count = 0
-        bar = np.float32(0)
-        for j0 in range(0, d_sae, 16):
-            stop = min(j0 + 16, d_sae)
-            hits = 0
-            if stop - j0 == 16:
-                for j in range(j0, j0 + 16):
-                    hits += row[j] > bar
-            else:
-                hits = 1
-            if hits:
-                for j in range(j0, stop):
-                    candidates[count] = j
-                    strengths[count] = row[j]
-                    count += row[j] > bar
-                if count > room - 16 and count > k:
-                    bar = _largest(candidates, strengths, count, k)
-                    count = k
+        while True:
+            _flag(z[r], bias, zeros, bar, bits, row, flags)
+            count = _collect(row, flags, words, candidates, strengths, 0)
+            if count >= k or bar == 0:
+                break
+            bar = bar * np.float32(0.5) if bar > 1e-3 else np.float32(0)
+        begin = end
         if count > k:
-            _largest(candidates, strengths, count, k)
-            count = k
-        for p in range(count):
-            latents[end + p], values[end + p] = candidates[p], strengths[p]
-        counts[r - low] = count
-        end += count
+            least = np.partition(strengths[:count], count - k)[count - k]
+            ties = k
+            for p in range(count):
+                ties -= strengths[p] > least
+            for p in range(count):
+                if strengths[p] > least or (strengths[p] == least and ties > 0):
+                    ties -= strengths[p] == least
+                    latents[end], values[end] = candidates[p], strengths[p]
+                    end += 1
+            bar = np.float32(0.75) * least
+        else:
+            for p in range(count):
+                latents[end], values[end] = candidates[p], strengths[p]
+                end += 1
+        counts[r - low] = end - begin
     return counts, latents[:end].copy(), values[:end].copy()
 
 

@@ -4,8 +4,8 @@ Losses are written once against `Latents`: `values` is a tensor that autograd fo
 vectors into its shape, `dot` and `row_sum` bring it back to one number a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +61,6 @@ class Latents:
     """The latents of a batch, (batch, d_sae) in effect."""
 
     values: Tensor
-    d_sae: int
 
     def with_values(self, values: Tensor) -> "Latents":
         """Return the same entries with other values."""
@@ -146,33 +145,43 @@ class SparseLatents(Latents):
     values: Tensor
     d_sae: int
     kernels: "Kernels" = field(repr=False, compare=False)
+    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # of the entries, found when first asked for
 
     def __len__(self) -> int:
         """The rows."""
         return len(self.starts) - 1
 
     def with_values(self, values: Tensor) -> "SparseLatents":
-        """See Latents; the order by latent, where it is known already, is shared."""
-        other = replace(self, values=values)
-        other.__dict__.update({k: v for k, v in self.__dict__.items() if k in ("index", "rows", "by_latent")})
-        return other
+        """See Latents; what is known of the entries is shared."""
+        return replace(self, values=values)
 
-    @cached_property
+    def _once(self, name: str, make: Callable[[], Any]) -> Any:
+        if name not in self.known:
+            self.known[name] = make()
+        return self.known[name]
+
+    @property
     def index(self) -> Tensor:
         """`latents` as int64, which torch indexes with."""
-        return self.latents.long()
+        index: Tensor = self._once("index", self.latents.long)
+        return index
 
-    @cached_property
+    @property
     def rows(self) -> Tensor:
         """The row of each entry, (entry) int64; behind the last one it is the last row."""
-        entries = torch.arange(len(self.latents), device=self.starts.device)
-        last = max(len(self) - 1, 0)
-        return torch.searchsorted(self.starts[1:], entries, right=True).clamp_(max=last)
 
-    @cached_property
+        def find() -> Tensor:
+            entries = torch.arange(len(self.latents), device=self.starts.device)
+            return torch.searchsorted(self.starts[1:], entries, right=True).clamp_(max=max(len(self) - 1, 0))
+
+        rows: Tensor = self._once("rows", find)
+        return rows
+
+    @property
     def by_latent(self) -> ByLatent:
         """The entries in the order of their latents."""
-        return self.kernels.by_latent(self)
+        by: ByLatent = self._once("by_latent", lambda: self.kernels.by_latent(self))
+        return by
 
     def of_latent(self, vector: Tensor) -> Tensor:
         """See Latents."""
@@ -200,12 +209,23 @@ class SparseLatents(Latents):
             return out
         return out.index_put((self.rows, self.index), torch.where(filled, self.values, 0), accumulate=True)
 
+    def at(self, rows: Tensor, latents: Tensor) -> Tensor:
+        """Return f[rows, latents], which broadcast against each other; 0 where a latent does not fire."""
+        entries = torch.arange(len(self.latents), device=self.starts.device)
+        codes = torch.where(entries < self.starts[-1], self.rows * self.d_sae + self.index, len(self) * self.d_sae)
+        wanted = rows * self.d_sae + latents
+        place = torch.searchsorted(codes, wanted.contiguous())
+        there = place.clamp(max=max(len(codes) - 1, 0))
+        if len(codes) == 0:
+            return torch.zeros(wanted.shape, device=wanted.device)
+        return torch.where(codes[there] == wanted, self.values[there], 0)
+
     def keep(self, mask: Tensor) -> "SparseLatents":
         """Return only the entries where `mask` (entry,) holds, in arrays as long as before on CUDA: no host wait."""
         entries = torch.arange(len(self.latents), device=self.starts.device)
         mask = mask & (entries < self.starts[-1])
         before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
-        starts = before[self.starts]
+        starts = before[self.starts.clamp(max=len(mask))]  # which after an overflow say more than there is
         if mask.is_cuda:
             target = torch.where(mask, before[1:] - 1, len(mask))  # one place more than there is, for what is dropped
             latents = self.latents.new_zeros(len(mask) + 1).index_put_((target,), self.latents)[:-1]

@@ -91,7 +91,8 @@ class ReferenceKernels:
         root = (v / (1 - step.beta2**step.step)).sqrt_().add_(step.eps)
         weight.addcdiv_(m, root, value=-step.lr / (1 - step.beta1**step.step))
         if unit:
-            weight.div_(weight.norm(dim=1, keepdim=True))
+            norm = weight.norm(dim=1, keepdim=True)
+            weight.div_(torch.where(norm > 0, norm, 1))
         if norms is not None:
             norms.copy_(weight.norm(dim=1))
         if low is not None:

@@ -103,7 +103,8 @@ class DenseOps:
 
     def norms(self, W_dec: Tensor) -> Tensor:
         """See Ops."""
-        return W_dec.norm(dim=1)
+        norms: Tensor = W_dec.norm(dim=1)
+        return norms
 
     def encoder_rows(self, W_enc: Tensor, which: Tensor) -> Tensor:
         """See Ops."""
@@ -117,6 +118,13 @@ class DenseOps:
         """See Ops."""
         counts, self._counts = self._counts, []
         return sum(count.wait() for count in counts)
+
+
+def thresholds(rule: Above, d_sae: int, device: torch.device) -> Tensor:
+    """Return the rule's threshold of each latent, (d_sae,) float32."""
+    if isinstance(rule.threshold, Tensor):
+        return rule.threshold.detach().float().expand(d_sae).contiguous()
+    return torch.full((d_sae,), rule.threshold, dtype=torch.float32, device=device)
 
 
 def select(z: Tensor, rule: Rule) -> Tensor:
@@ -175,8 +183,7 @@ class SparseOps:
     def _select(self, x: Tensor, weight: Tensor, bias: Tensor, rule: Rule) -> SparseLatents:
         room = int(self.room * len(x) * len(bias))
         if isinstance(rule, Above):
-            threshold = torch.as_tensor(rule.threshold, dtype=torch.float32, device=x.device).expand(len(bias)).contiguous()
-            f = self.kernels.above(x, weight, bias.detach(), threshold.detach(), room)
+            f = self.kernels.above(x, weight, bias.detach(), thresholds(rule, len(bias), x.device), room)
             self._counts.append((HostCount(f.starts[-1]), 0, room))
             return f
         if isinstance(rule, TopK):
@@ -191,20 +198,23 @@ class SparseOps:
         floor = self._floors.get(bias)
         if floor is None:
             cuts = self.kernels.topk(x[:_SAMPLE], weight, bias.detach(), min(k, len(bias))).values
-            floor = _SLACK * cuts.median() if len(cuts) else torch.zeros((), device=x.device)
+            floor = (_SLACK * torch.where(cuts > 0, cuts, torch.nan).nanmedian()).nan_to_num(0.0)
         candidates = self.kernels.above(x, weight, bias.detach(), floor.expand(len(bias)).contiguous(), room)
-        if not x.is_cuda and len(candidates.values) < wanted and float(floor) > 0:  # too high a floor
+        if not x.is_cuda and len(candidates.values) < wanted and float(floor) > 0:  # too high a floor: take all there are
             candidates = self.kernels.above(x, weight, bias.detach(), torch.zeros(len(bias)), x.shape[0] * len(bias))
         if x.is_cuda:  # whether the floor served is known later
             self._counts.append((HostCount(candidates.starts[-1]), wanted, room))
-        if len(candidates.values) <= wanted:
-            self._floors.pop(bias, None)
-            return candidates
         values = candidates.values
+        if len(values) <= wanted:
+            self._counts.append((HostCount(candidates.starts[-1]), 0, wanted))
+            return candidates
         cut = values.sort(descending=True).values[wanted - 1] if x.is_cuda else values.kthvalue(len(values) - wanted + 1).values
         self._floors[bias] = _SLACK * cut
         above, ties = values > cut, values == cut
-        return candidates.keep(above | (ties & (ties.cumsum(0) <= wanted - above.sum())))
+        kept = candidates.keep(above | (ties & (ties.cumsum(0) <= wanted - above.sum())))
+        if not x.is_cuda:
+            self._counts.append((HostCount(kept.starts[-1]), 0, wanted))
+        return kept
 
     def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
         """See Ops."""
