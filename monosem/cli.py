@@ -18,21 +18,24 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Argument(help="the run's YAML file, such as configs/demo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, as many as wanted", metavar="[KEY=VALUE]...")]
 
+Reference = Annotated[bool, typer.Option("--reference", help="train by plain dense PyTorch: as train.kernels=reference")]
 
-def _do(config: Path, overrides: list[str] | None, stages: list[str]) -> None:
+
+def _do(config: Path, overrides: list[str] | None, stages: list[str], reference: bool = False) -> None:
     from monosem.config import load_config
     from monosem.run import Run
 
-    loaded = load_config(config, overrides or [])  # before the heavy imports: a misspelled key costs no waiting
+    plain = ["train.kernels=reference"] if reference else []
+    loaded = load_config(config, [*(overrides or []), *plain])  # before the heavy imports: a misspelled key costs no waiting
     from monosem.stages import do_stages
 
     do_stages(Run(loaded), stages)
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None) -> None:
+def run(config: Config, overrides: Overrides = None, reference: Reference = False) -> None:
     """Do the whole road: harvest, train, evaluate, explain, report. Work that is done already is not done again."""
-    _do(config, overrides, ["harvest", "train", "evaluate", "explain", "report"])
+    _do(config, overrides, ["harvest", "train", "evaluate", "explain", "report"], reference)
 
 
 @app.command()
@@ -42,9 +45,9 @@ def harvest(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(config: Config, overrides: Overrides = None, reference: Reference = False) -> None:
     """Train the SAE on harvested activations."""
-    _do(config, overrides, ["train"])
+    _do(config, overrides, ["train"], reference)
 
 
 @app.command()
@@ -91,6 +94,8 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     console.print(table)
     widths = ", ".join(f"{hook} {width}" for hook, width in made.widths.items())
     free = free_disk(loaded.folder)
+    items = ", ".join(f"{item} {human_bytes(size)}" for item, size in made.training.items())
+    console.print(f"training holds {human_bytes(sum(made.training.values()))}: {items}")
     console.print(f"model {loaded.model.id}: {made.parameters:,} parameters; widths: {widths}")
     rate = f"{made.matmul_rate / 1e9:,.0f} GFLOP/s"
     console.print(f"times at {rate}, this machine's {loaded.model.dtype} matrix product: a floor, not a promise")

@@ -15,6 +15,7 @@ from activation_store.harvest import disk_bytes, hook_widths
 from activation_store.hooks import capture, locate_hooks
 from activation_store.subject import empty_subject_model, pick_device
 from monosem.config import RunConfig
+from sae.memory import training_memory
 
 if TYPE_CHECKING:
     from monosem.run import Run
@@ -42,6 +43,7 @@ class Plan:
     widths: dict[str, int]
     matmul_rate: float
     parameters: int
+    training: dict[str, int]  # bytes that training holds, by item
 
     @property
     def disk(self) -> int:
@@ -52,9 +54,10 @@ class Plan:
 def make_plan(config: RunConfig) -> Plan:
     """Work out the plan from the config and the model's architecture; no weights are loaded.
 
-    Disk is exact up to metadata; FLOPs are counted on a forward pass without weights, and 12 d_in d_sae a training token
-    (six products of 2 d_in d_sae: encoder and decoder, forward and two backward each). Times divide FLOPs by a measured
-    matrix product's rate in the stage's dtype, so they are a floor to be taken with a factor of two.
+    Disk is exact up to metadata; FLOPs are counted on a forward pass without weights, and for a training token they are the
+    encoder's product, 2 d_in d_sae, and 10 d_in for each active latent (sae/ops). Times divide FLOPs by a measured matrix
+    product's rate in the stage's dtype, so they are a floor to be taken with a factor of two; a training step's sparse part
+    is bound by memory, and takes about as long as the product.
     Raises InputError for hooks that do not exist and for a train.d_in that does not fit.
     """
     model = empty_subject_model(config.model)
@@ -86,16 +89,18 @@ def make_plan(config: RunConfig) -> Plan:
 
     streamed = to_hook * train_tokens if config.harvest.stream else 0.0
 
-    def stage(name: str, tokens: int, disk: int, memory: int, flops: float, dtype: str) -> StagePlan:
-        return StagePlan(name, tokens, disk, memory, flops, flops / rates[dtype])
+    def stage(name: str, tokens: int, disk: int, memory: int, flops: float, dtype: str, slower: float = 1.0) -> StagePlan:
+        return StagePlan(name, tokens, disk, memory, flops, slower * flops / rates[dtype])
 
-    batch_bytes = config.train.batch_size * (d_sae * 3 + d_in * 4) * 4
+    active = config.train.k or 50
+    step_flops = 2.0 * d_in * d_sae + 10.0 * d_in * active
+    training = training_memory(config.train, d_in, device.type)
     stages = (
         stage("harvest", stored, disk_bytes(widths, config.harvest, stored),
               model_bytes + int(2 * config.harvest.shard_mb * 1e6 * len(widths)), to_hook * stored, config.model.dtype),
         stage("train", train_tokens, sae_parameters * 4 * (1 + 2 * 3) + budget,
-              sae_parameters * 16 + batch_bytes + int(config.train.shuffle_mb * (1 << 20)) + rows // 8,
-              12.0 * d_in * d_sae * train_tokens + streamed, config.train.compute_dtype),
+              sum(training.values()) + int(config.train.shuffle_mb * (1 << 20)) + rows // 8,
+              step_flops * train_tokens + streamed, config.train.compute_dtype, 2.0),
         stage("evaluate", held_out * context + ce_tokens, 1 << 16, model_bytes + sae_parameters * 4,
               whole * ce_tokens + 2 * encode * held_out * context, config.model.dtype),
         stage("explain", stored, d_sae * (68 * 8), sae_parameters * 4 + 4096 * d_sae * 8 + d_sae * examples * 2 * 16,
@@ -103,7 +108,7 @@ def make_plan(config: RunConfig) -> Plan:
         stage("report", config.steer.features * config.steer.tokens, 4 << 20, model_bytes + sae_parameters * 4,
               whole * config.steer.features * config.steer.tokens, config.model.dtype),
     )  # fmt: skip
-    return Plan(stages, widths, rates[config.model.dtype], parameters)
+    return Plan(stages, widths, rates[config.model.dtype], parameters, training)
 
 
 def _forward_flops(model: torch.nn.Module, context: int, run: object) -> float:

@@ -15,7 +15,7 @@ class Adam:
     encoders and decoders: parameters by name with their view by latent, (d_sae, d) contiguous. All other parameters are
     vectors. A parameter's gradient is its `.grad`, or what sparse operations left on its `Rows`. With `unit`, decoder rows
     keep norm 1: the gradient's part along them is dropped, and they are brought back after the step. With `low`, encoders
-    have a bfloat16 copy.
+    have a bfloat16 copy in which their product is taken.
     """
 
     def __init__(
@@ -38,8 +38,9 @@ class Adam:
         """Take copies and norms anew, after the weights were changed from outside."""
         for name in self.decoders:
             self.rows[name].norms = self.rows[name].weight.norm(dim=1)
-        for name in self.encoders if self.low else ():
-            self.rows[name].low = self.rows[name].weight.bfloat16()
+        for name in self.encoders if self.low or self.kernels.screens else ():
+            rows = self.rows[name]
+            rows.low, rows.norms, rows.screened = rows.weight.bfloat16(), rows.weight.norm(dim=1), not self.low
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -75,28 +76,32 @@ class Adam:
     def _gradient(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the gradient, the place of each latent's row in it, and the rows' squared norms."""
         rows = self.rows[name]
-        tangent = self.unit and name in self.decoders
         if parameter.grad is not None:  # a dense step's
-            out = (parameter.grad if name in self.decoders else parameter.grad.T).contiguous()
-            return out, None, self.kernels.gradient([], rows.weight, None, tangent, out, None, False)
-        slots, places = self._slots(rows)
-        out = self._buffer(name, places, rows.weight)
-        if rows.subsets:
+            out, slots = (parameter.grad if name in self.decoders else parameter.grad.T).contiguous(), None
+        else:
+            slots, places = self._slots(rows)
+            out = self._buffer(name, places, rows.weight)
+        fresh = parameter.grad is None and not rows.subsets
+        if rows.subsets and parameter.grad is None:
             out.zero_()
-            for which, gradient in rows.subsets:
-                out.index_add_(0, which if slots is None else slots[which], gradient)
-        square = self.kernels.gradient(rows.terms, rows.weight, rows.along, tangent, out, slots, not rows.subsets)
-        return out, slots, square
+        for which, gradient in rows.subsets:
+            out.index_add_(0, which if slots is None else slots[which], gradient)
+        tangent = self.unit and name in self.decoders
+        return out, slots, self.kernels.gradient(rows.terms, rows.weight, rows.along, tangent, out, slots, fresh)
 
     def _slots(self, rows: Rows) -> tuple[Tensor | None, int]:
         """Give places only to latents with a gradient, where that saves memory: fewer entries than latents."""
         d_sae = len(rows.weight)
         most = sum(len(t.coefficients) for t in rows.terms) + sum(len(which) for which, _ in rows.subsets)
-        if most >= d_sae or not rows.terms:
+        # a gradient along rows may be anywhere: how many they are is known at once on a CPU alone
+        if most >= d_sae or not rows.terms or (rows.along is not None and rows.weight.is_cuda):
             return None, d_sae
         filled = torch.stack([t.latents.by_latent.counts > 0 for t in rows.terms]).any(0)
         for which, _ in rows.subsets:
             filled[which] = True
+        if rows.along is not None:
+            filled |= rows.along != 0
+            most = int(filled.sum())
         return torch.where(filled, filled.cumsum(0) - 1, -1), most
 
     def _buffer(self, name: str, places: int, like: Tensor) -> Tensor:
@@ -109,10 +114,9 @@ class Adam:
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold."""
         tensors = {f"{kind}.{name}": value for kind in ("m", "v") for name, value in getattr(self, kind).items()}
-        for name in self.decoders:  # taken anew they would be another sum, in other bits
-            norms = self.rows[name].norms
-            assert norms is not None
-            tensors[f"norms.{name}"] = norms
+        for name, rows in self.rows.items():  # taken anew they would be another sum, in other bits
+            if rows.norms is not None:
+                tensors[f"norms.{name}"] = rows.norms
         return {**tensors, "steps": torch.tensor(self.steps)}
 
     def restore(self, state: dict[str, Tensor]) -> None:

@@ -21,6 +21,7 @@ class Checkpoint:
     step: int
     scale: float
     dense: bool
+    density: float
     weights: dict[str, Tensor]
     adam: dict[str, Tensor]
     tokens_idle: Tensor
@@ -34,7 +35,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, config: TrainConfig) -
     path = folder / f"step-{checkpoint.step:09d}"
     with folder_aside(path) as aside:
         save_file({name: value.contiguous() for name, value in tensors.items()}, aside / "state.safetensors")
-        facts = {"step": checkpoint.step, "scale": checkpoint.scale, "dense": checkpoint.dense}
+        facts = {"step": checkpoint.step, "scale": checkpoint.scale, "dense": checkpoint.dense,
+                 "density": checkpoint.density}  # fmt: skip
         (aside / "state.json").write_text(json.dumps({**facts, "config": config.model_dump(mode="json")}))
     for other in folder.glob("step-*"):
         if other != path:
@@ -57,4 +59,6 @@ def last_checkpoint(folder: Path | None, config: TrainConfig) -> Checkpoint | No
     def of(kind: str) -> dict[str, Tensor]:
         return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
 
-    return Checkpoint(facts["step"], facts["scale"], facts["dense"], of("weights."), of("adam."), tensors["tokens_idle"])
+    return Checkpoint(
+        facts["step"], facts["scale"], facts["dense"], facts["density"], of("weights."), of("adam."), tensors["tokens_idle"]
+    )  # fmt: skip

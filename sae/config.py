@@ -60,11 +60,11 @@ class TrainConfig(Section):
         """Let each architecture have what sets its sparsity, and nothing that would be ignored."""
         if self.architecture == "standard":
             if self.k is not None:
-                raise ValueError(f"k: {self.k} given, but architecture standard has none; set l1_coefficient or architecture")
+                raise ValueError(f"train.k: {self.k} given, but architecture standard has none; set l1_coefficient")
         elif self.k is None:
-            raise ValueError(f"k: missing; architecture {self.architecture} fires k latents a token, so give k, such as k: 32")
+            raise ValueError(f"train.k: missing; {self.architecture} fires k latents a token, so give k, such as k: 32")
         elif self.k > self.d_sae:
-            raise ValueError(f"k: {self.k} given, but there are only d_sae = {self.d_sae} latents")
+            raise ValueError(f"train.k: {self.k} given, but there are only d_sae = {self.d_sae} latents")
         return self
 
     @property

@@ -1,6 +1,7 @@
 """Dense or sparse: which of two equal ways a training step is computed, by how much fires."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -18,8 +19,11 @@ log = logging.getLogger(__name__)
 # Shares of (batch, d_sae): below ENTER a sparse step is the faster one, above LEAVE a dense one; benchmarks/training.py
 # measures where they cross. The gap keeps a run whose density hovers there from switching to and fro.
 ENTER, LEAVE = 0.10, 0.14
-_PART_BYTES = {"cpu": 16 * 2**20}  # of a (rows, d_sae) float32 matrix on the dense path: what stays in a cache
-_DEVICE_PART_BYTES = 512 * 2**20
+
+
+def part_bytes(device_type: str) -> int:
+    """Return how large a (rows, d_sae) float32 matrix of the dense path may be: on a CPU, so that it stays in a cache."""
+    return 8 * 2**20 if device_type == "cpu" else 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,22 @@ class DenseOrSparse:
     dense for the sparse way is computed again, dense, before anything was changed.
     """
 
-    def __init__(self, config: TrainConfig, optimizer: Adam, dense: bool | None = None) -> None:
+    def __init__(self, config: TrainConfig, optimizer: Adam, dense: bool | None = None, density: float = LEAVE) -> None:
         """Start as told (a resumed run), else dense where nothing is known of the density, as in an L1 run; k tells it."""
         self._optimizer = optimizer
         self._reference = config.kernels == "reference"
         self.dense = (config.k is None or config.k / config.d_sae > ENTER) if dense is None else dense
         self._dense_ops = DenseOps(getattr(torch, config.compute_dtype))
         self._sparse_ops: SparseOps = optimizer.sparse_ops(room=LEAVE)
+        self.density = density  # of the last step
 
     def backward(
         self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, dead: Callable[[], Dead | None], step: int
     ) -> Step:
         """Compute the loss of x and leave its gradients for the optimiser."""
         found: Step | None = None
+        if x.is_cuda:  # arrays have the length there is room for: what the last step needed and half as much again
+            self._sparse_ops.room = min(LEAVE, 2 ** (math.ceil(4 * math.log2(1.5 * max(self.density, 1e-9))) / 4))
         if not (self.dense or self._reference):
             try:
                 found = _backward(sae, x, config, coefficient, self._sparse_ops, dead)
@@ -70,7 +77,8 @@ class DenseOrSparse:
         if found is None:
             found = _backward(sae, x, config, coefficient, self._dense_ops, dead)
             entries = self._dense_ops.entries()
-        found = replace(found, density=entries / max(1, len(x) * config.d_sae))
+        self.density = entries / max(1, len(x) * config.d_sae)
+        found = replace(found, density=self.density)
         if not self._reference:
             self._choose(found.density, step)
         return found
@@ -90,7 +98,7 @@ def _backward(
     sparse = isinstance(ops, SparseOps)
     size = max(1, len(x))
     if sae.rowwise and not sparse:
-        size = max(1, _PART_BYTES.get(x.device.type, _DEVICE_PART_BYTES) // (4 * config.d_sae))
+        size = max(1, part_bytes(x.device.type) // (4 * config.d_sae))
     sums: list[Tensor] = []
     counts, names = torch.zeros((), dtype=torch.int64, device=x.device), list[str]()
     for part in torch.split(x, size):

@@ -82,7 +82,7 @@ def train(
         optimizer.restore(saved.adam)
     tokens_idle = torch.zeros(config.d_sae, dtype=torch.int64) if saved is None else saved.tokens_idle
     idle = IdleTokens(tokens_idle.to(device), config.dead_window_tokens)
-    way = DenseOrSparse(config, optimizer, saved.dense if saved else None)
+    way = DenseOrSparse(config, optimizer, saved.dense, saved.density) if saved else DenseOrSparse(config, optimizer)
     log = MetricsLog(metrics, start, start * config.batch_size)
 
     for step in range(start, config.steps):
@@ -104,7 +104,9 @@ def train(
         progress((step + 1) * config.batch_size, config.steps * config.batch_size)
         if checkpoints is not None and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
             log.flush()
-            state = Checkpoint(step + 1, scale, way.dense, sae.state_dict(), optimizer.state(), idle.tokens)
+            state = Checkpoint(
+                step + 1, scale, way.dense, way.density, sae.state_dict(), optimizer.state(), idle.tokens
+            )
             save_checkpoint(checkpoints, state, config)
 
     log.flush()

@@ -1,5 +1,6 @@
 """monosem: its own `train` over the same batches. Run as `python benchmarks/peers/run_monosem.py JOB RESULT`."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from common import Job, Meter, run
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sae import TrainConfig, train
 from sae.ops import kernels_for
+
+kernels_for("cuda" if torch.cuda.is_available() else "cpu")  # the compiled loops' packages are imports like others
+L0_EVERY = 10
 
 
 def check(job: Job) -> None:
@@ -29,14 +33,11 @@ def train_ours(job: Job, meter: Meter) -> tuple[dict[str, Any], float]:
     batches: Iterator[torch.Tensor] = meter.steps(lambda batch: 0.0)
     sae = train(batches, config, metrics=metrics)
     next(batches, None)
-    import json
-
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     meter.l0, meter.l0_steps = [line["l0"] for line in lines], [line["step"] - 1 for line in lines]
     facts = sae.cfg.metadata["training"]
     return {"kernels": kernels_for(job.device).name, "sparse": [line["sparse"] for line in lines], **chosen}, facts["loss"]
 
 
-L0_EVERY = 10
 if __name__ == "__main__":
     run("monosem", ("numpy",), check, train_ours)

@@ -5,9 +5,12 @@ from torch import Tensor, nn
 
 from sae.config import TrainConfig
 from sae.ops import Rule, SparseLatents, TopK, kernels_for
+from sae.ops.kernels import Screen
 from sae.ops.latents import Above, of_dense
 from sae.ops.training import select, thresholds
 from sae.sae import SAE, SAEConfig
+
+_WORTH_A_SCREEN = 512  # rows: for fewer, making the bfloat16 copy costs more than it saves
 
 
 class LinearSAE(SAE):
@@ -42,15 +45,18 @@ class LinearSAE(SAE):
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseLatents:
         """Return the latents that fire on x (batch, d_in), without a (batch, d_sae) matrix ever being whole."""
-        rule, kernels = self.rule(), kernels_for(x.device.type)
+        rule, kernels, screen = self.rule(), kernels_for(x.device.type), None
         if self.W_enc.dtype != torch.float32 or x.dtype != torch.float32:
             return of_dense(self.encode(x), kernels)
         x = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+        weight, bias = self.W_enc.T.detach(), self.b_enc.detach()
+        if kernels.screens and len(x) >= _WORTH_A_SCREEN:
+            screen = Screen(weight.bfloat16(), weight.norm(dim=1))
         if isinstance(rule, TopK):
-            return kernels.topk(x, self.W_enc.T.detach(), self.b_enc.detach(), min(rule.k, self.cfg.d_sae))
+            return kernels.topk(x, weight, bias, min(rule.k, self.cfg.d_sae), screen)
         assert isinstance(rule, Above)
         bars = thresholds(rule, self.cfg.d_sae, x.device)
-        return kernels.above(x, self.W_enc.T.detach(), self.b_enc.detach(), bars, len(x) * self.cfg.d_sae)
+        return kernels.above(x, weight, bias, bars, len(x) * self.cfg.d_sae, screen)
 
     @torch.no_grad()
     def decode_sparse(self, f: SparseLatents) -> Tensor:

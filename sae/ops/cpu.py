@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from sae.ops.kernels import AdamStep, Term, TooDense, lowered
+from sae.ops.kernels import AdamStep, Screen, Term, TooDense, lowered
 from sae.ops.latents import ByLatent, SparseLatents
 
 # numpy's error model, since a division that may raise is not vectorised; fastmath, since a sum that may not be reordered
@@ -25,8 +25,18 @@ _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc
 
 _CHUNK_ROWS = 1024  # pre-activations of this many rows at a time: smaller products run slower, more would leave the cache
 _CHUNK_BYTES = 64 * 2**20
+# How far a pre-activation from a bfloat16 product may be from that of a float32 one: by rounding x and W to 8 bits at most
+# (2 u + u^2) ||x|| ||w_i|| with u = 2^-8 (Cauchy-Schwarz), by summing d products in float32, twice that of each, and by
+# rounding the result, u |z|; each a little more, for what rounding does to the bounds themselves.
+_PRODUCT, _SUM, _ROUNDED = 0.00786, 2.4e-7, 0.00395
+_FIRST = 0.93  # of the k-th largest that a row's norm suggests: the first bar to try
 _RANGES = 4  # a thread; more than one evens out rows of different length
 _NO_VECTOR, _NO_MATRIX = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
+
+
+def _product_is_fast_in_bfloat16() -> bool:
+    has: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 class CPUKernels:
@@ -34,26 +44,45 @@ class CPUKernels:
 
     name = "cpu"
 
-    def above(self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int) -> SparseLatents:
-        """See Kernels."""
+    screens = _product_is_fast_in_bfloat16()
 
-        def select(z: Any, low: int, high: int) -> Any:
-            return _above(z, low, high, bias.numpy(), threshold.numpy())
-
-        return self._selected(x, weight, room, select)
-
-    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseLatents:
-        """See Kernels."""
-
-        def select(z: Any, low: int, high: int) -> Any:
-            return _topk(z, low, high, bias.numpy(), min(k, weight.shape[0]))
-
-        return self._selected(x, weight, len(x) * k, select)
-
-    def _selected(
-        self, x: Tensor, weight: Tensor, room: int, select: Callable[[Any, int, int], Any]
+    def above(
+        self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
     ) -> SparseLatents:
-        """Take the product a few rows at a time, and of each only what is selected: z is never whole."""
+        """See Kernels."""
+        weights, bars = (weight.numpy() if screen else None), threshold.numpy()
+        x, norms = x.contiguous(), x.norm(dim=1).numpy()
+        rows = x.numpy()
+
+        def select(z: Any, first: int, low: int, high: int) -> Any:
+            if screen is None:
+                return _above(z, low, high, bias.numpy(), bars)
+            return _above_screened(
+                z, low, high, rows[first:], norms[first:], weights, screen.norms.numpy(), bias.numpy(), bars
+            )
+
+        return self._selected(x, screen.low if screen else weight, room, select)
+
+    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+        """See Kernels."""
+        k, weights = min(k, len(weight)), weight.numpy() if screen else None
+        x, norms = x.contiguous(), x.norm(dim=1).numpy()
+        rows = x.numpy()
+
+        def select(z: Any, first: int, low: int, high: int) -> Any:
+            if screen is None:
+                return _topk(z, norms[first:], low, high, bias.numpy(), k)
+            return _topk_screened(
+                z, low, high, rows[first:], norms[first:], weights, screen.norms.numpy(), bias.numpy(), k
+            )
+
+        return self._selected(x, screen.low if screen else weight, len(x) * k, select)
+
+    def _selected(self, x: Tensor, weight: Tensor, room: int, select: Callable[[Any, int, int, int], Any]) -> SparseLatents:
+        """Take the product a few rows at a time, and of each only what is selected: z is never whole.
+
+        select(z, first, low, high) looks at rows low to high of a part that begins at row `first`.
+        """
         d_sae = weight.shape[0]
         chunk = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (4 * d_sae)))
         z = torch.empty(min(chunk, len(x)), d_sae, dtype=weight.dtype)
@@ -62,7 +91,7 @@ class CPUKernels:
             part = lowered(x[start : start + chunk], weight)
             here = torch.mm(part, weight.T, out=z[: len(part)])
             array = here.view(torch.int16 if here.dtype == torch.bfloat16 else torch.int32).numpy()
-            found += _in_ranges(partial(select, array), len(part), each=2)
+            found += _in_ranges(partial(select, array, start), len(part), each=2)
             if sum(len(values) for _, _, values in found) > room:
                 raise TooDense
         counts = np.concatenate([np.zeros(1, np.int64), *(c for c, _, _ in found)])
@@ -226,38 +255,144 @@ def _above(z: Any, low: int, high: int, bias: Any, threshold: Any) -> Any:  # pr
 
 
 @_compiled
-def _topk(z: Any, low: int, high: int, bias: Any, k: int) -> Any:  # pragma: no cover - compiled
-    """Candidates are what lies above a bar that the row before suggests; it is lowered until there are k, or down to 0."""
+def _largest(
+    candidates: Any, strengths: Any, count: int, k: int, latents: Any, values: Any, end: int
+) -> Any:  # pragma: no cover - compiled
+    """Append the k largest positive of the first `count` candidates, in their order; return the new end and the least."""
+    least = np.float32(0)
+    if count > k:
+        least = max(least, np.partition(strengths[:count], count - k)[count - k])
+    ties = k
+    for p in range(count):
+        ties -= strengths[p] > least
+    for p in range(count):
+        if strengths[p] > least or (strengths[p] == least and least > 0 and ties > 0):
+            ties -= strengths[p] == least
+            latents[end], values[end] = candidates[p], strengths[p]
+            end += 1
+    return end, least
+
+
+@_compiled
+def _topk(z: Any, norms: Any, low: int, high: int, bias: Any, k: int) -> Any:  # pragma: no cover - compiled
+    """Candidates are what lies above a bar, which is lowered until there are k of them, or down to 0.
+
+    The k-th largest is nearly in proportion to the row's norm: the rows before tell the bar to try first.
+    """
     d_sae = z.shape[1]
     row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
     bits, words = row.view(np.int32), flags.view(np.uint64)
     candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
     counts, zeros = np.empty(high - low, np.int64), np.zeros(d_sae, np.float32)
     latents, values = np.empty((high - low) * k, np.int32), np.empty((high - low) * k, np.float32)
-    end, bar = 0, np.float32(0)
+    end, ratio = 0, np.float32(0)
     for r in range(low, high):
+        bar = np.float32(_FIRST) * ratio * norms[r]
         while True:
             _flag(z[r], bias, zeros, bar, bits, row, flags)
             count = _collect(row, flags, words, candidates, strengths, 0)
             if count >= k or bar == 0:
                 break
-            bar = bar * np.float32(0.5) if bar > 1e-3 else np.float32(0)
+            bar = bar * np.float32(0.7) if bar > np.float32(0.1) * ratio * norms[r] else np.float32(0)
         begin = end
-        if count > k:
-            least = np.partition(strengths[:count], count - k)[count - k]
-            ties = k
-            for p in range(count):
-                ties -= strengths[p] > least
-            for p in range(count):
-                if strengths[p] > least or (strengths[p] == least and ties > 0):
-                    ties -= strengths[p] == least
-                    latents[end], values[end] = candidates[p], strengths[p]
-                    end += 1
-            bar = np.float32(0.75) * least
-        else:
-            for p in range(count):
+        end, least = _largest(candidates, strengths, count, k, latents, values, end)
+        ratio = _followed(ratio, least, norms[r])
+        counts[r - low] = end - begin
+    return counts, latents[:end].copy(), values[:end].copy()
+
+
+@_compiled
+def _followed(ratio: Any, least: Any, norm: Any) -> Any:  # pragma: no cover - compiled
+    if not (least > 0 and norm > 0):
+        return ratio
+    fresh = least / norm
+    return fresh if ratio == 0 else np.float32(0.75) * ratio + np.float32(0.25) * fresh
+
+
+# Selection by a bfloat16 product, of float32 pre-activations: exact, see `Screen`
+
+
+@_compiled
+def _flag_screened(
+    z: Any, bias: Any, bars: Any, bar: Any, slack: Any, norms: Any, bits: Any, row: Any, flags: Any
+) -> None:  # pragma: no cover - compiled
+    """As `_flag`, but flag all whose float32 pre-activation may lie above the bars."""
+    for j in range(row.size):
+        bits[j] = np.int32(z[j]) << np.int32(16)
+    for j in range(row.size):
+        value = row[j] + bias[j]
+        row[j] = value
+        flags[j] = value + (slack * norms[j] + np.float32(_ROUNDED) * (abs(value) + abs(bias[j]))) > bars[j] + bar
+
+
+@_compiled
+def _exact(x: Any, weight: Any, bias: Any, candidates: Any, strengths: Any, count: int) -> None:  # pragma: no cover - compiled
+    """Put the float32 pre-activations of the candidates into `strengths`."""
+    _dots(0, count, candidates, weight, x, strengths)
+    for p in range(count):
+        strengths[p] += bias[candidates[p]]
+
+
+@_compiled
+def _above_screened(
+    z: Any, low: int, high: int, x: Any, x_norms: Any, weight: Any, norms: Any, bias: Any, threshold: Any
+) -> Any:  # pragma: no cover - compiled
+    d_sae = z.shape[1]
+    row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
+    bits, words = row.view(np.int32), flags.view(np.uint64)
+    candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
+    counts = np.empty(high - low, np.int64)
+    latents, values = np.empty((high - low) * d_sae, np.int32), np.empty((high - low) * d_sae, np.float32)
+    error = np.float32(_PRODUCT + _SUM * x.shape[1])
+    end = 0
+    for r in range(low, high):
+        _flag_screened(z[r], bias, threshold, np.float32(0), error * x_norms[r], norms, bits, row, flags)
+        count = _collect(row, flags, words, candidates, strengths, 0)
+        _exact(x[r], weight, bias, candidates, strengths, count)
+        begin = end
+        for p in range(count):
+            if strengths[p] > threshold[candidates[p]]:
                 latents[end], values[end] = candidates[p], strengths[p]
                 end += 1
+        counts[r - low] = end - begin
+    return counts, latents[:end].copy(), values[:end].copy()
+
+
+@_compiled
+def _topk_screened(
+    z: Any, low: int, high: int, x: Any, x_norms: Any, weight: Any, norms: Any, bias: Any, k: int
+) -> Any:  # pragma: no cover - compiled
+    """k latents that surely reach some value make it a bound: who may not reach it is not among the k largest."""
+    d_sae = z.shape[1]
+    row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
+    bits, words = row.view(np.int32), flags.view(np.uint64)
+    candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
+    counts, zeros, nothing = np.empty(high - low, np.int64), np.zeros(d_sae, np.float32), np.zeros(d_sae, np.float32)
+    latents, values = np.empty((high - low) * k, np.int32), np.empty((high - low) * k, np.float32)
+    error = np.float32(_PRODUCT + _SUM * x.shape[1])
+    end, ratio = 0, np.float32(0)
+    for r in range(low, high):
+        slack = error * x_norms[r]
+        bar = np.float32(_FIRST) * ratio * x_norms[r]
+        while True:
+            _flag(z[r], bias, zeros, bar, bits, row, flags)
+            count = _collect(row, flags, words, candidates, strengths, 0)
+            if count >= k or bar == 0:
+                break
+            bar = bar * np.float32(0.7) if bar > np.float32(0.1) * ratio * x_norms[r] else np.float32(0)
+        bound = np.float32(0)
+        if count >= k:
+            for p in range(count):
+                j = candidates[p]
+                strengths[p] -= slack * norms[j] + np.float32(_ROUNDED) * (abs(strengths[p]) + abs(bias[j]))
+            bound = max(bound, np.partition(strengths[:count], count - k)[count - k])
+        # a hair below the bound, for what it takes to be among the k largest is to reach it, not to pass it
+        _flag_screened(z[r], bias, nothing, bound * np.float32(0.999999), slack, norms, bits, row, flags)
+        count = _collect(row, flags, words, candidates, strengths, 0)
+        _exact(x[r], weight, bias, candidates, strengths, count)
+        begin = end
+        end, least = _largest(candidates, strengths, count, k, latents, values, end)
+        ratio = _followed(ratio, least, x_norms[r])
         counts[r - low] = end - begin
     return counts, latents[:end].copy(), values[:end].copy()
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.ops.kernels import AdamStep, Term, lowered
+from sae.ops.kernels import AdamStep, Screen, Term, lowered
 from sae.ops.latents import ByLatent, SparseLatents
 from sae.ops.reference import ReferenceKernels
 from sae.ops.triton_kernels import (
@@ -43,13 +43,16 @@ class TritonKernels:
     """See `Kernels` for what each one means. What it does not cover (`MAX_D`, `MAX_K`), plain PyTorch does, which waits."""
 
     name = "triton"
+    screens = False
 
     def __init__(self) -> None:
         """Raise ImportError where there is no Triton."""
         if not available:
             raise ImportError("triton is not installed")
 
-    def above(self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int) -> SparseLatents:
+    def above(
+        self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
+    ) -> SparseLatents:
         """See Kernels; never raises TooDense, starts[-1] tells."""
         (batch, d_sae), constants = (len(x), len(weight)), {"ROWS": 4, "BLOCK": BLOCK}
         bias, threshold, capacity = bias.contiguous(), threshold.contiguous(), min(room, batch * d_sae)
@@ -66,7 +69,7 @@ class TritonKernels:
                 )  # fmt: skip
         return f
 
-    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseLatents:
+    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """See Kernels."""
         (batch, d_sae), device = (len(x), len(weight)), x.device
         if k > MAX_K:

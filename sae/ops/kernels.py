@@ -32,6 +32,18 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Screen:
+    """What lets float32 pre-activations be selected by a bfloat16 product: weight's copy `low` and its rows' `norms`.
+
+    The product's error has a bound, so it tells who may be selected; for those few, z is then taken in float32. What comes
+    out is what the float32 product would have given, and the product costs less than half.
+    """
+
+    low: Tensor
+    norms: Tensor
+
+
+@dataclass(frozen=True)
 class AdamStep:
     """One step's constants (Kingma & Ba 2015, algorithm 1); `clip`, on the device, multiplies every gradient first."""
 
@@ -47,15 +59,18 @@ class Kernels(Protocol):
     """What each implementation offers. Sums have a fixed order: equal inputs give equal bits."""
 
     name: str
+    screens: bool  # whether a `Screen` for float32 products is of use
 
-    def above(self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int) -> SparseLatents:
+    def above(
+        self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
+    ) -> SparseLatents:
         """Return the entries of z = x weight^T + bias that lie above threshold (d_sae,), with value z.
 
         x (batch, d) float32, weight (d_sae, d) float32 or bfloat16, in which the product is then taken. Raises TooDense
         where there are more than `room` entries and that is known without waiting; else starts[-1] tells.
         """
 
-    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseLatents:
+    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """Return the k largest positive entries of each row of z; see `above`."""
 
     def decode(self, f: SparseLatents, weight: Tensor, bias: Tensor) -> Tensor:

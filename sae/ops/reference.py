@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae.ops.kernels import AdamStep, Term, TooDense, lowered
+from sae.ops.kernels import AdamStep, Screen, Term, TooDense, lowered
 from sae.ops.latents import ByLatent, SparseLatents, of_dense
 
 
@@ -13,15 +13,18 @@ class ReferenceKernels:
     """See `Kernels` for what each one means."""
 
     name = "reference"
+    screens = False
 
-    def above(self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int) -> SparseLatents:
+    def above(
+        self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
+    ) -> SparseLatents:
         """See Kernels."""
         z = (lowered(x, weight) @ weight.T).float() + bias
         if int((z > threshold).sum()) > room:
             raise TooDense(int((z > threshold).sum()))
         return _selected(z, z > threshold, self)
 
-    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> SparseLatents:
+    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """See Kernels; a stable sort, since torch.topk promises nothing about ties."""
         z = (lowered(x, weight) @ weight.T).float() + bias
         order = z.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -84,7 +87,8 @@ class ReferenceKernels:
     ) -> None:  # fmt: skip
         """See Kernels."""
         if slots is not None:
-            gradient = torch.where(slots[:, None] >= 0, gradient[slots.clamp(min=0)], 0)
+            compact, gradient = gradient, torch.zeros_like(weight)
+            gradient[slots >= 0] = compact[slots[slots >= 0]]
         g = gradient * step.clip
         m.lerp_(g, 1 - step.beta1)
         v.mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)

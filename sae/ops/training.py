@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sae.ops.kernels import Kernels, Term, TooDense
+from sae.ops.kernels import Kernels, Screen, Term, TooDense
 from sae.ops.latents import Above, BatchTopK, DenseLatents, Latents, Rule, SparseLatents, TopK
 
 _SAMPLE = 256  # rows whose top k tell where a batch's cut will lie
@@ -87,7 +87,8 @@ class DenseOps:
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule, b_dec: Tensor | None = None) -> Latents:
         """See Ops."""
-        z = self._product(x if b_dec is None else x - b_dec, W_enc) + b_enc
+        x = x if b_dec is None else x - b_dec
+        z = torch.addmm(b_enc, x, W_enc) if self._dtype == torch.float32 else self._product(x, W_enc) + b_enc
         f = DenseLatents(select(z, rule))
         self._counts.append(HostCount(torch.count_nonzero(f.values.detach())))
         return f
@@ -128,10 +129,10 @@ def thresholds(rule: Above, d_sae: int, device: torch.device) -> Tensor:
 
 
 def select(z: Tensor, rule: Rule) -> Tensor:
-    """Return z (batch, d_sae) where the rule keeps it, else 0: the dense form of every rule."""
+    """Return z (batch, d_sae) where the rule keeps it, else 0: the dense form of every rule. z itself may be overwritten."""
     if isinstance(rule, Above):
         if isinstance(rule.threshold, float) and rule.threshold == 0:
-            return torch.relu(z)
+            return torch.relu_(z)
         return torch.where(z > rule.threshold, z, 0)
     flat = z.flatten() if isinstance(rule, BatchTopK) else z
     count = min(rule.k * (len(z) if isinstance(rule, BatchTopK) else 1), flat.shape[-1])
@@ -145,13 +146,15 @@ def select(z: Tensor, rule: Rule) -> Tensor:
 class Rows:
     """A matrix by latent, (d_sae, d) float32, what the optimiser keeps beside it, and a step's gradient in parts.
 
-    `low` is its bfloat16 copy and `norms` the rows' norms, as of the last step. The gradient is the sum of `terms`, of
+    `low` is its bfloat16 copy and `norms` the rows' norms, as of the last step; an encoder's product is taken in `low`, or,
+    `screened`, selected by it and exact in float32. The gradient is the sum of `terms`, of
     along_i * row i, and of the `subsets`' (latents, gradient of their rows).
     """
 
     weight: Tensor
     low: Tensor | None = None
     norms: Tensor | None = None
+    screened: bool = False
     terms: list[Term] = field(default_factory=list)
     along: Tensor | None = None
     subsets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -176,32 +179,40 @@ class SparseOps:
         rows = self._rows[W_enc]
         with torch.no_grad():
             centred = x if b_dec is None else x - b_dec
-            weight = rows.weight if rows.low is None else rows.low
-            f = self._select(centred, weight, b_enc, rule)
+            try:
+                f = self._select(centred, rows, b_enc, rule)
+            except TooDense:
+                self._counts.clear()  # of what the step had before: it is computed anew
+                raise
         return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
 
-    def _select(self, x: Tensor, weight: Tensor, bias: Tensor, rule: Rule) -> SparseLatents:
-        room = int(self.room * len(x) * len(bias))
+    def _select(self, x: Tensor, rows: Rows, bias: Tensor, rule: Rule) -> SparseLatents:
+        room, weight, screen = int(self.room * len(x) * len(bias)), rows.weight, None
+        if rows.low is not None and not rows.screened:
+            weight = rows.low
+        elif rows.low is not None and rows.norms is not None:
+            screen = Screen(rows.low, rows.norms)
         if isinstance(rule, Above):
-            f = self.kernels.above(x, weight, bias.detach(), thresholds(rule, len(bias), x.device), room)
+            f = self.kernels.above(x, weight, bias.detach(), thresholds(rule, len(bias), x.device), room, screen)
             self._counts.append((HostCount(f.starts[-1]), 0, room))
             return f
         if isinstance(rule, TopK):
-            f = self.kernels.topk(x, weight, bias.detach(), min(rule.k, len(bias)))
+            f = self.kernels.topk(x, weight, bias.detach(), min(rule.k, len(bias)), screen)
             self._counts.append((HostCount(f.starts[-1]), 0, len(x) * rule.k))
             return f
-        return self._batch_topk(x, weight, bias, rule.k, room)
+        return self._batch_topk(x, weight, bias, rule.k, screen)
 
-    def _batch_topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, room: int) -> SparseLatents:
+    def _batch_topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None) -> SparseLatents:
         """Take the entries above a floor that the cut surely lies above, then the largest of them; exact, whatever the floor."""
         wanted = min(k, len(bias)) * len(x)
+        room = min(len(x) * len(bias), 4 * wanted) if x.is_cuda else len(x) * len(bias)
         floor = self._floors.get(bias)
         if floor is None:
-            cuts = self.kernels.topk(x[:_SAMPLE], weight, bias.detach(), min(k, len(bias))).values
+            cuts = self.kernels.topk(x[:_SAMPLE], weight, bias.detach(), min(k, len(bias)), screen).values
             floor = (_SLACK * torch.where(cuts > 0, cuts, torch.nan).nanmedian()).nan_to_num(0.0)
-        candidates = self.kernels.above(x, weight, bias.detach(), floor.expand(len(bias)).contiguous(), room)
+        candidates = self.kernels.above(x, weight, bias.detach(), floor.expand(len(bias)).contiguous(), room, screen)
         if not x.is_cuda and len(candidates.values) < wanted and float(floor) > 0:  # too high a floor: take all there are
-            candidates = self.kernels.above(x, weight, bias.detach(), torch.zeros(len(bias)), x.shape[0] * len(bias))
+            candidates = self.kernels.above(x, weight, bias.detach(), torch.zeros(len(bias)), x.shape[0] * len(bias), screen)
         if x.is_cuda:  # whether the floor served is known later
             self._counts.append((HostCount(candidates.starts[-1]), wanted, room))
         values = candidates.values
