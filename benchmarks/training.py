@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Shape:
 
 
 SHAPES = {
-    "cpu": Shape(576, 4608, 2048, 2.5, 300, {"topk": 32, "batchtopk": 32}),
+    "cpu": Shape(576, 4608, 2048, 6.0, 320, {"topk": 32, "batchtopk": 32}),
     "cuda": Shape(2304, 65536, 8192, 2.5, 600, {"topk": 64, "batchtopk": 64}),
 }
 CASES = [(a, dtype) for a in ("standard", "topk", "batchtopk") for dtype in ("float32", "bfloat16")]
@@ -230,8 +230,8 @@ def scaling(device: str, folder: Path) -> dict[str, Any]:
     return {"shape": {"d_in": shape.d_in}, "topk": lines, "dense_or_sparse": crossing(shape, device)}
 
 
-def crossing(shape: Shape, device: str) -> list[dict[str, float]]:
-    """Time a dense and a sparse L1 step at several densities, set by the encoder's bias: where ENTER and LEAVE come from."""
+def crossing(shape: Shape, device: str) -> list[dict[str, Any]]:
+    """Time a dense and a sparse L1 step at several densities, set by the encoder's bias: where LIMITS come from."""
     sys.path.insert(0, str(HERE.parent))
     from sae import TrainConfig
     from sae.adam import Adam
@@ -240,17 +240,17 @@ def crossing(shape: Shape, device: str) -> list[dict[str, float]]:
     from sae.ops import kernels_for
 
     x = planted(shape.batch, shape.d_in, device)
-    config = TrainConfig(d_sae=shape.d_sae, steps=10, lr=1e-9, l1_coefficient=shape.l1)
     lines = []
-    for density in (0.01, 0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.3):
+    for dtype, density in product(("float32", "bfloat16"), (0.001, 0.005, 0.01, 0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.3)):
+        config = TrainConfig(d_sae=shape.d_sae, steps=10, lr=1e-9, l1_coefficient=shape.l1, compute_dtype=dtype)
         sae = StandardSAE.initialise(config, shape.d_in, x.mean(0).cpu()).to(device)
         with torch.no_grad():
             z = (x[:256] - sae.b_dec) @ sae.W_enc
             sae.b_enc.fill_(-float(z.flatten().float().sort().values[int((1 - density) * z.numel())]))
-        line = {"density": density}
+        line: dict[str, Any] = {"dtype": dtype, "density": density}
         for name, dense in (("dense", True), ("sparse", False)):
             adam = Adam(dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for(device), betas=(0.9, 0.999),
-                        max_norm=1.0, unit=False, low=False)  # fmt: skip
+                        max_norm=1.0, unit=False, low=dtype == "bfloat16")  # fmt: skip
             seconds = []
             for step in range(7):
                 way = DenseOrSparse(config, adam, dense)

@@ -16,9 +16,14 @@ from sae.sae import SAE, TrainingLoss
 
 log = logging.getLogger(__name__)
 
-# Shares of (batch, d_sae): below ENTER a sparse step is the faster one, above LEAVE a dense one; benchmarks/training.py
-# measures where they cross. The gap keeps a run whose density hovers there from switching to and fro.
-ENTER, LEAVE = 0.10, 0.14
+# Shares of (batch, d_sae): below the first a sparse step is the faster one, above the second a dense one; `training.py
+# --scaling` in benchmarks/ measures where they cross. The gap keeps a run whose density hovers there from switching to and fro.
+# On CUDA a dense product is so much faster than the gathers that sparse work is made of that they cross far lower; those
+# limits are reckoned (790 TFLOP/s against 5 TB/s), not measured.
+LIMITS = {
+    "cpu": {"float32": (0.20, 0.25), "bfloat16": (0.13, 0.17)},
+    "cuda": {"float32": (0.03, 0.045), "bfloat16": (0.004, 0.006)},
+}
 
 
 def part_bytes(device_type: str) -> int:
@@ -45,20 +50,23 @@ class Step:
 
 
 class DenseOrSparse:
-    """Computes steps dense while the density is above LEAVE, sparse once it is below ENTER.
+    """Computes steps dense while the density is above `leave`, sparse once it is below `enter`.
 
     The choice rests on the density of the step before and on no clock: equal runs choose equally. A step that turns out too
     dense for the sparse way is computed again, dense, before anything was changed.
     """
 
-    def __init__(self, config: TrainConfig, optimizer: Adam, dense: bool | None = None, density: float = LEAVE) -> None:
+    def __init__(self, config: TrainConfig, optimizer: Adam, dense: bool | None = None, density: float | None = None) -> None:
         """Start as told (a resumed run), else dense where nothing is known of the density, as in an L1 run; k tells it."""
         self._optimizer = optimizer
         self._reference = config.kernels == "reference"
-        self.dense = (config.k is None or config.k / config.d_sae > ENTER) if dense is None else dense
+        device = next(iter(optimizer.weights.values())).device.type
+        # a dense top-k is a sort: with k, steps are always sparse
+        self.enter, self.leave = LIMITS.get(device, LIMITS["cpu"])[config.compute_dtype] if config.k is None else (1.0, 1.0)
+        self.dense = config.k is None if dense is None else dense
+        self.density = self.leave if density is None else density  # of the last step
         self._dense_ops = DenseOps(getattr(torch, config.compute_dtype))
-        self._sparse_ops: SparseOps = optimizer.sparse_ops(room=LEAVE)
-        self.density = density  # of the last step
+        self._sparse_ops: SparseOps = optimizer.sparse_ops(room=self.leave)
 
     def backward(
         self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, dead: Callable[[], Dead | None], step: int
@@ -66,7 +74,7 @@ class DenseOrSparse:
         """Compute the loss of x and leave its gradients for the optimiser."""
         found: Step | None = None
         if x.is_cuda:  # arrays have the length there is room for: what the last step needed and half as much again
-            self._sparse_ops.room = min(LEAVE, 2 ** (math.ceil(4 * math.log2(1.5 * max(self.density, 1e-9))) / 4))
+            self._sparse_ops.room = min(self.leave, 2 ** (math.ceil(4 * math.log2(1.5 * max(self.density, 1e-9))) / 4))
         if not (self.dense or self._reference):
             try:
                 found = _backward(sae, x, config, coefficient, self._sparse_ops, dead)
@@ -84,7 +92,7 @@ class DenseOrSparse:
         return found
 
     def _choose(self, density: float, step: int) -> None:
-        dense = density > (ENTER if self.dense else LEAVE)
+        dense = density > (self.enter if self.dense else self.leave)
         if dense != self.dense:
             log.info("step %d: %.1f %% of latents fire; steps are %s from here on", step, 100 * density,
                      "dense" if dense else "sparse")  # fmt: skip

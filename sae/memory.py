@@ -1,7 +1,7 @@
 """What training holds in memory, item by item, before it runs."""
 
 from sae.config import TrainConfig
-from sae.dense_or_sparse import ENTER, part_bytes
+from sae.dense_or_sparse import part_bytes
 
 _ENTRY_BYTES = 64  # of one (row, active latent) pair: both orders, values, gradients, and what torch makes in between
 _L1_ENTRIES = 128  # active latents a token to reckon with where no k tells: more than L1 runs end with
@@ -24,8 +24,7 @@ def training_memory(config: TrainConfig, d_in: int, device_type: str = "cpu") ->
         "pre-activations, a part at a time": part_bytes(device_type) * 2,
     }
     dense = 2 * 4 * matrix + 4 * max(part_bytes(device_type), 4 * config.d_sae)
-    starts_dense = config.k is None or config.k / config.d_sae > ENTER
-    more = {"dense beginning, beyond that": max(0, dense - sum(sparse.values()))} if starts_dense else {}
+    more = {"dense beginning, beyond that": max(0, dense - sum(sparse.values()))} if config.k is None else {}
     return {
         "weights": 4 * (2 * matrix + config.d_sae + d_in),
         "Adam's moments": 8 * (2 * matrix + config.d_sae + d_in),
