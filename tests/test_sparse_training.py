@@ -133,8 +133,8 @@ def test_a_batch_that_is_not_finite_is_named_with_its_step(architecture):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "topk", "k": None}, "k: missing; architecture topk"),
-        ({"architecture": "batchtopk", "k": None}, "k: missing; architecture batchtopk"),
+        ({"architecture": "topk", "k": None}, "train.k: missing; topk"),
+        ({"architecture": "batchtopk", "k": None}, "train.k: missing; batchtopk"),
         ({"architecture": "topk", "k": 65}, "k: 65 given, but there are only d_sae = 64"),
         ({"architecture": "topk", "k": 0}, "k\n.*greater than or equal to 1"),
         ({"architecture": "standard", "k": 4}, "k: 4 given, but architecture standard has none"),
