@@ -32,8 +32,17 @@ bench: setup
 	$(BIN)/python scripts/fetch_demo.py
 	$(BIN)/python benchmarks/harvest.py
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python scripts/set_up_peers.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training.py --scaling
+	$(BIN)/python benchmarks/training.py --first-steps
+	$(BIN)/python benchmarks/quality.py
 
-bench-gpu: bench
+# BENCH_PYTHON and PEERS name interpreters that have our packages and the peers' already, for machines without a network
+BENCH_PYTHON ?= $(BIN)/python
+bench-gpu:
+	$(BENCH_PYTHON) benchmarks/training.py --device cuda $(if $(PEERS),--peer-python $(PEERS))
+	$(BENCH_PYTHON) benchmarks/training.py --device cuda --scaling
 
 clean:
-	rm -rf .venv demo runs build *.egg-info
+	rm -rf .venv .venv-peers demo runs build *.egg-info
