@@ -77,8 +77,11 @@ def main() -> None:
             }  # fmt: skip
         cases.append(case)
         print(architecture, json.dumps(case["figures"], indent=1), flush=True)
-    result = {"what": "SAEs trained sparse and dense from equal seeds, on held-out rows", "rows": "planted" if args.store is None else
-              "store", "d_sae": args.d_sae, "steps": args.steps, "cases": cases, "machine": machine("numpy")}  # fmt: skip
+    result = {
+        "what": "SAEs trained sparse and dense from equal seeds, on held-out rows",
+        "rows": "planted" if args.store is None else "of a store", "d_sae": args.d_sae, "steps": args.steps, "cases": cases,
+        "machine": machine("numpy"),
+    }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "quality-cpu.json").write_text(json.dumps(result, indent=2) + "\n")
 

@@ -112,7 +112,7 @@ def summary(result: dict[str, Any], shape: Shape, counted: int, peaks: dict[str,
         return result
     seconds = statistics.median(result["seconds"][-counted:])
     rate = shape.batch / seconds
-    memory = result["peak_gpu"] or result["peak_rss"] - result["rss_after_imports"] - result["activations_bytes"]
+    memory = (result["peak_gpu"] or result["peak_rss"] - result["rss_after_imports"]) - result["activations_bytes"]
     return {
         "milliseconds": round(1e3 * seconds, 2), "tokens_per_second": round(rate),
         "dense_share_of_peak": round(rate * 12 * shape.d_in * shape.d_sae / peaks[dtype], 3), "l0": round(result["l0"][-1], 1),
@@ -158,10 +158,10 @@ def compare(device: str, rounds: int, only: list[str], peer_python: str | None, 
                     result = run(peer, job, folder, interpreter)
                     if "failed" not in result:
                         break
-                runners.setdefault(peer, []).append({**summary(result, shape, counted, peaks, dtype), "dtype": precision})
+                runners.setdefault(peer, []).append({**summary(result, shape, counted, peaks, precision), "dtype": precision})
         results = {peer: middle(found) for peer, found in runners.items()}
         ours = results["monosem"]
-        against = {p: r for p, r in results.items() if p != "monosem" and "failed" not in r}
+        against = {p: r for p, r in results.items() if p != "monosem" and "failed" not in {**r, **ours}}
         ratios = {p: round(ours["tokens_per_second"] / r["tokens_per_second"], 2) for p, r in against.items()}
         memory = {p: round(ours["memory_mib"] / r["memory_mib"], 2) for p, r in against.items()}
         limit = {d: round(value / (12 * shape.d_in * shape.d_sae)) for d, value in peaks.items()}
@@ -254,9 +254,11 @@ def crossing(shape: Shape, device: str) -> list[dict[str, Any]]:
             seconds = []
             for step in range(7):
                 way = DenseOrSparse(config, adam, dense)
-                way._sparse_ops.room = 1.0
+                way.leave = way._sparse_ops.room = 1.0
+                way.density = density
                 start = time.perf_counter()
-                way.backward(sae, x, config, shape.l1, lambda: None, step)
+                found = way.backward(sae, x, config, shape.l1, lambda: None, step)
+                assert found.sparse is not dense
                 adam.step(1e-9)
                 if device == "cuda":
                     torch.cuda.synchronize()

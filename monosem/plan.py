@@ -15,7 +15,7 @@ from activation_store.harvest import disk_bytes, hook_widths
 from activation_store.hooks import capture, locate_hooks
 from activation_store.subject import empty_subject_model, pick_device
 from monosem.config import RunConfig
-from sae.memory import training_memory
+from sae.memory import L1_ENTRIES, training_memory
 
 if TYPE_CHECKING:
     from monosem.run import Run
@@ -89,18 +89,18 @@ def make_plan(config: RunConfig) -> Plan:
 
     streamed = to_hook * train_tokens if config.harvest.stream else 0.0
 
-    def stage(name: str, tokens: int, disk: int, memory: int, flops: float, dtype: str, slower: float = 1.0) -> StagePlan:
-        return StagePlan(name, tokens, disk, memory, flops, slower * flops / rates[dtype])
+    def stage(name: str, tokens: int, disk: int, memory: int, flops: float, dtype: str) -> StagePlan:
+        return StagePlan(name, tokens, disk, memory, flops, flops / rates[dtype])
 
-    active = config.train.k or 50
-    step_flops = 2.0 * d_in * d_sae + 10.0 * d_in * active
+    active = config.train.k or L1_ENTRIES
+    step_flops = 12.0 * d_in * d_sae if config.train.kernels == "reference" else 2.0 * d_in * d_sae + 10.0 * d_in * active
     training = training_memory(config.train, d_in, device.type)
     stages = (
         stage("harvest", stored, disk_bytes(widths, config.harvest, stored),
               model_bytes + int(2 * config.harvest.shard_mb * 1e6 * len(widths)), to_hook * stored, config.model.dtype),
         stage("train", train_tokens, sae_parameters * 4 * (1 + 2 * 3) + budget,
               sum(training.values()) + int(config.train.shuffle_mb * (1 << 20)) + rows // 8,
-              step_flops * train_tokens + streamed, config.train.compute_dtype, 2.0),
+              step_flops * train_tokens + streamed, config.train.compute_dtype),
         stage("evaluate", held_out * context + ce_tokens, 1 << 16, model_bytes + sae_parameters * 4,
               whole * ce_tokens + 2 * encode * held_out * context, config.model.dtype),
         stage("explain", stored, d_sae * (68 * 8), sae_parameters * 4 + 4096 * d_sae * 8 + d_sae * examples * 2 * 16,

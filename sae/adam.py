@@ -40,7 +40,8 @@ class Adam:
             self.rows[name].norms = self.rows[name].weight.norm(dim=1)
         for name in self.encoders if self.low or self.kernels.screens else ():
             rows = self.rows[name]
-            rows.low, rows.norms, rows.screened = rows.weight.bfloat16(), rows.weight.norm(dim=1), not self.low
+            rows.low, rows.screened = rows.weight.bfloat16(), not self.low
+            rows.norms = rows.weight.norm(dim=1) if rows.screened else None
 
     def clear(self) -> None:
         """Forget all gradients."""

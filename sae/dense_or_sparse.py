@@ -26,9 +26,9 @@ LIMITS = {
 }
 
 
-def part_bytes(device_type: str) -> int:
-    """Return how large a (rows, d_sae) float32 matrix of the dense path may be: on a CPU, so that it stays in a cache."""
-    return 8 * 2**20 if device_type == "cpu" else 512 * 2**20
+def part_rows(d_sae: int, device_type: str) -> int:
+    """Return how many rows the dense path takes at a time: on a CPU, so that a (rows, d_sae) matrix stays in a cache."""
+    return max(256, (8 * 2**20 if device_type == "cpu" else 512 * 2**20) // (4 * d_sae))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DenseOrSparse:
     def __init__(self, config: TrainConfig, optimizer: Adam, dense: bool | None = None, density: float | None = None) -> None:
         """Start as told (a resumed run), else dense where nothing is known of the density, as in an L1 run; k tells it."""
         self._optimizer = optimizer
-        self._reference = config.kernels == "reference"
+        self._reference = optimizer.kernels.name == "reference"  # whose sparse operations are slower than its dense ones
         device = next(iter(optimizer.weights.values())).device.type
         # a dense top-k is a sort: with k, steps are always sparse
         self.enter, self.leave = LIMITS.get(device, LIMITS["cpu"])[config.compute_dtype] if config.k is None else (1.0, 1.0)
@@ -94,7 +94,7 @@ class DenseOrSparse:
     def _choose(self, density: float, step: int) -> None:
         dense = density > (self.enter if self.dense else self.leave)
         if dense != self.dense:
-            log.info("step %d: %.1f %% of latents fire; steps are %s from here on", step, 100 * density,
+            log.info("step %d: %.1f %% of latents fire; steps are %s from here on", step + 1, 100 * density,
                      "dense" if dense else "sparse")  # fmt: skip
         self.dense = dense
 
@@ -106,7 +106,7 @@ def _backward(
     sparse = isinstance(ops, SparseOps)
     size = max(1, len(x))
     if sae.rowwise and not sparse:
-        size = max(1, part_bytes(x.device.type) // (4 * config.d_sae))
+        size = part_rows(config.d_sae, x.device.type)  # not fewer: every part's gradients are as large as the weights
     sums: list[Tensor] = []
     counts, names = torch.zeros((), dtype=torch.int64, device=x.device), list[str]()
     for part in torch.split(x, size):

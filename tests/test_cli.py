@@ -160,7 +160,7 @@ def test_plan_prints_every_stage_and_exact_disk(tiny_config, finished, capsys, m
     written = sum(p.stat().st_size for p in (finished / "activations").rglob("c/**/*") if p.is_file())
     assert expected <= written < expected * 1.2  # the last chunk is padded, each has a checksum
     # 12 d_in d_sae a token, by hand
-    assert plan.stages[1].flops == (2 * 32 * 64 + 10 * 32 * 50) * 300 * 128  # the encoder's product, and the active latents
+    assert plan.stages[1].flops == (2 * 32 * 64 + 10 * 32 * 128) * 300 * 128  # the encoder's product, and the active latents
     # the forward pass to block 1: 2 FLOPs a weight and token, plus attention scores and values
     weights = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
     attention = 2 * 2 * 2 * 16 * 32

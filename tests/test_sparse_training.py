@@ -177,7 +177,7 @@ def test_an_l1_run_starts_dense_and_says_when_it_turns_sparse(tmp_path, caplog):
     density = lines[turn - 1]["l0"] / 256
     assert density <= ENTER < lines[turn - 2]["l0"] / 256
     messages = [record.getMessage() for record in caplog.records if record.name == "sae.dense_or_sparse"]
-    assert messages == [f"step {turn - 1}: {100 * density:.1f} % of latents fire; steps are sparse from here on"]
+    assert messages == [f"step {turn}: {100 * density:.1f} % of latents fire; steps are sparse from here on"]
 
 
 def switchable(**changes):
@@ -235,7 +235,7 @@ def test_a_run_turns_sparse_below_enter_and_dense_above_leave(caplog):
             assert found.density == pytest.approx(count / 100)
             assert found.counts.sum() == 10 * count
             adam.clear()
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"step {i}" for i in (2, 7, 10, 12, 13)]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"step {i}" for i in (3, 8, 11, 13, 14)]
 
 
 @pytest.mark.parametrize("count", [15, 90])

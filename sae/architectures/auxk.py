@@ -50,7 +50,8 @@ def auxk_loss(
     """Return the squared error, mean over the batch, of modelling the residual by the k largest dead latents of each row.
 
     x, residual = x_hat - x (batch, d_in), no gradient passes through the latter; b_dec is not added to the model of the
-    residual. Normalised as the paper's, whose loss is mse / var(x) + alpha * aux / var(residual), here times var(x).
+    residual. Normalised as the paper's, whose loss is mse / var(x) + alpha * aux / mean square of the residual, here times
+    var(x).
     Few latents are dead, so this is dense over those few: exact, with the gradient reaching the encoder.
     """
     encoder = ops.encoder_rows(W_enc, dead.latents)
@@ -62,4 +63,4 @@ def auxk_loss(
     error = (f @ ops.decoder_rows(W_dec, dead.latents) + residual).square().sum(-1).mean()
     variance = (x - x.mean(0)).square().sum(-1).mean()
     left = residual.square().sum(-1).mean()
-    return error * (variance / left.clamp(min=1e-30)).detach()
+    return error * (variance / torch.maximum(left, 1e-6 * variance).clamp(min=1e-30)).detach()

@@ -55,8 +55,16 @@ class LinearSAE(SAE):
         if isinstance(rule, TopK):
             return kernels.topk(x, weight, bias, min(rule.k, self.cfg.d_sae), screen)
         assert isinstance(rule, Above)
-        bars = thresholds(rule, self.cfg.d_sae, x.device)
-        return kernels.above(x, weight, bias, bars, len(x) * self.cfg.d_sae, screen)
+        bars, most = thresholds(rule, self.cfg.d_sae, x.device), len(x) * self.cfg.d_sae
+        if not x.is_cuda:
+            return kernels.above(x, weight, bias, bars, most, screen)
+        # arrays have the length of the room there: look how many there are, which outside of training may wait
+        room = min(most, max(most // 32, 1 << 20))
+        f = kernels.above(x, weight, bias, bars, room)
+        entries = int(f.starts[-1])
+        if entries > room:
+            f = kernels.above(x, weight, bias, bars, entries)
+        return SparseLatents(f.starts, f.latents[:entries], f.values[:entries], f.d_sae, kernels)
 
     @torch.no_grad()
     def decode_sparse(self, f: SparseLatents) -> Tensor:

@@ -36,6 +36,7 @@ class SAELensFormat:
     def load(self, path: Path) -> SAE:
         """Read weights and config; every shape is checked against the config."""
         from sae.architectures import ARCHITECTURES
+        from sae.architectures.jumprelu import JumpReLUSAE
         from sae.architectures.linear import LinearSAE
 
         cfg: dict[str, Any] = json.loads((path / _CONFIG).read_text())
@@ -45,6 +46,8 @@ class SAELensFormat:
             raise InputError(f"{path}: normalize_activations {cfg['normalize_activations']!r} at run time is not supported")
         if cfg.get("reshape_activations", "none") != "none":
             raise InputError(f"{path}: reshape_activations {cfg['reshape_activations']!r} is not supported")
+        if cfg["architecture"] == "topk" and not isinstance(cfg.get("k"), int):
+            raise InputError(f"{path}: k is {cfg.get('k')!r}; a topk SAE needs a whole number")
         metadata = dict(cfg["metadata"])
         sae = ARCHITECTURES[cfg["architecture"]](
             SAEConfig(
@@ -62,9 +65,13 @@ class SAELensFormat:
         if expected != found:
             raise InputError(f"{path}: tensors {found} do not fit the config, which asks for {expected}")
         sae.load_state_dict(weights)
+        if isinstance(sae, JumpReLUSAE):  # which fires where z is above both its threshold and 0
+            with torch.no_grad():
+                sae.threshold.clamp_(min=0)
         if cfg.get("rescale_acts_by_decoder_norm") and isinstance(sae, LinearSAE):
             with torch.no_grad():  # latents are compared after scaling by decoder norms: fold those
-                sae.fold_norms(sae.W_dec.norm(dim=1))
+                norm = sae.W_dec.norm(dim=1)
+                sae.fold_norms(torch.where(norm > 0, norm, 1))
         if (path / _LATENTS).exists():
             side = load_file(path / _LATENTS)
             tokens = int(side.pop("tokens"))

@@ -1,7 +1,7 @@
 """The operations as compiled loops for CPUs (numba).
 
 Each loop runs over a range of rows or latents and lets go of the GIL; a thread pool as wide as torch's deals out the ranges.
-So nothing depends on how many threads there are, and no second pool of spinning workers fights torch's own.
+So no sum of theirs depends on how many threads there are, and no second pool of spinning workers fights torch's own.
 """
 
 import math
@@ -26,10 +26,12 @@ _compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc
 _CHUNK_ROWS = 1024  # pre-activations of this many rows at a time: smaller products run slower, more would leave the cache
 _CHUNK_BYTES = 64 * 2**20
 # How far a pre-activation from a bfloat16 product may be from that of a float32 one: by rounding x and W to 8 bits at most
-# (2 u + u^2) ||x|| ||w_i|| with u = 2^-8 (Cauchy-Schwarz), by summing d products in float32, twice that of each, and by
-# rounding the result, u |z|; each a little more, for what rounding does to the bounds themselves.
+# (2 u + u^2) ||x|| ||w_i|| with u = 2^-8 (Cauchy-Schwarz; rows so small that their squares underflow are not covered), by
+# summing d products in float32, twice that of each, and by rounding the result, u |z|; each a little more, for what
+# rounding does to the bounds themselves.
 _PRODUCT, _SUM, _ROUNDED = 0.00786, 2.4e-7, 0.00395
 _FIRST = 0.93  # of the k-th largest that a row's norm suggests: the first bar to try
+_ROW_LOAD = 2  # what a gradient row costs beside its entries, in entries
 _RANGES = 4  # a thread; more than one evens out rows of different length
 _NO_VECTOR, _NO_MATRIX = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
 
@@ -158,6 +160,7 @@ class CPUKernels:
             _over(
                 len(weight), _gradient, *term, out.numpy(), places.numpy(), fresh and i == 0, last, weight.detach().numpy(),
                 _NO_VECTOR if along is None else along.numpy(), tangent, squares.numpy(),
+                load=term[0] + _ROW_LOAD * np.arange(len(weight) + 1),
             )  # fmt: skip
         return squares
 
@@ -189,18 +192,23 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="sae-ops")
 
 
-def _in_ranges(work: Callable[[int, int], Any], count: int, each: int = _RANGES) -> list[Any]:
-    """Return work(low, high) for ranges that make up 0 to count, in their order, `each` a thread."""
+def _in_ranges(work: Callable[[int, int], Any], count: int, each: int = _RANGES, load: Any = None) -> list[Any]:
+    """Return work(low, high) for ranges that make up 0 to count, in their order, `each` a thread.
+
+    `load` (count + 1) says how much lies before each item, where they differ.
+    """
     threads = torch.get_num_threads()
     parts = min(count, threads * each)
     cuts = [count * i // parts for i in range(parts + 1)] if parts else [0]
+    if load is not None and parts:
+        cuts[1:-1] = np.searchsorted(load, load[-1] * np.arange(1, parts) / parts).tolist()
     if threads == 1:
         return [work(low, high) for low, high in pairwise(cuts)]
     return list(_pool(threads).map(work, cuts[:-1], cuts[1:]))
 
 
-def _over(count: int, loop: Callable[..., None], *arrays: Any, each: int = _RANGES) -> None:
-    _in_ranges(lambda low, high: loop(low, high, *arrays), count, each)
+def _over(count: int, loop: Callable[..., None], *arrays: Any, each: int = _RANGES, load: Any = None) -> None:
+    _in_ranges(lambda low, high: loop(low, high, *arrays), count, each, load)
 
 
 def _csr(f: SparseLatents) -> tuple[Any, Any, Any]:
@@ -322,7 +330,8 @@ def _flag_screened(
     for j in range(row.size):
         value = row[j] + bias[j]
         row[j] = value
-        flags[j] = value + (slack * norms[j] + np.float32(_ROUNDED) * (abs(value) + abs(bias[j]))) > bars[j] + bar
+        most = value + (slack * norms[j] + np.float32(_ROUNDED) * (abs(value) + abs(bias[j])))
+        flags[j] = not (most <= bars[j] + bar)  # also where it is not a number: that is for the float32 value to tell
 
 
 @_compiled

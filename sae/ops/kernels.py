@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class TooDense(Exception):
-    """More entries than there is room for, or than sparse work is worth; carries how many where that is known."""
+    """More entries than there is room for, or than sparse work is worth."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def kernels_for(device_type: str, reference: bool = False) -> Kernels:
             from sae.ops.gpu import TritonKernels
 
             return TritonKernels()
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # numba raises the latter where it finds no folder for its cache
         log.warning("sparse kernels for %s are not to be had (%s); plain PyTorch computes them, slower", device_type, error)
     else:
         log.warning("no sparse kernels for %s; plain PyTorch computes them, slower", device_type)

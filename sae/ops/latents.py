@@ -250,7 +250,10 @@ class _RowSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient[ctx.f.rows], None
+        spread = gradient[ctx.f.rows]
+        if spread.is_cuda:  # what stands behind the last entry belongs to no row
+            spread = torch.where(torch.arange(len(spread), device=spread.device) < ctx.f.starts[-1], spread, 0)
+        return spread, None
 
 
 class _Take(torch.autograd.Function):

@@ -21,7 +21,7 @@ class ReferenceKernels:
         """See Kernels."""
         z = (lowered(x, weight) @ weight.T).float() + bias
         if int((z > threshold).sum()) > room:
-            raise TooDense(int((z > threshold).sum()))
+            raise TooDense
         return _selected(z, z > threshold, self)
 
     def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:

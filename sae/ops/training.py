@@ -57,7 +57,7 @@ class HostCount:
     def __init__(self, count: Tensor) -> None:
         """Start the copy of a scalar."""
         self._host = torch.empty((), dtype=torch.int64, pin_memory=count.is_cuda)
-        self._host.copy_(count.detach(), non_blocking=True)
+        self._host.copy_(count.detach(), non_blocking=count.is_cuda)
         self._arrived = torch.cuda.Event() if count.is_cuda else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:
             self._arrived.record()
@@ -183,6 +183,7 @@ class SparseOps:
                 f = self._select(centred, rows, b_enc, rule)
             except TooDense:
                 self._counts.clear()  # of what the step had before: it is computed anew
+                self._floors.clear()
                 raise
         return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
 
@@ -208,8 +209,9 @@ class SparseOps:
         room = min(len(x) * len(bias), 4 * wanted) if x.is_cuda else len(x) * len(bias)
         floor = self._floors.get(bias)
         if floor is None:
-            cuts = self.kernels.topk(x[:_SAMPLE], weight, bias.detach(), min(k, len(bias)), screen).values
-            floor = (_SLACK * torch.where(cuts > 0, cuts, torch.nan).nanmedian()).nan_to_num(0.0)
+            some = self.kernels.topk(x[:_SAMPLE], weight, bias.detach(), min(2 * k, len(bias)), screen).values
+            rank = min(int(1.5 * k * min(len(x), _SAMPLE)), len(some) - 1)
+            floor = some.sort(descending=True).values[rank] if len(some) else bias.new_zeros(())
         candidates = self.kernels.above(x, weight, bias.detach(), floor.expand(len(bias)).contiguous(), room, screen)
         if not x.is_cuda and len(candidates.values) < wanted and float(floor) > 0:  # too high a floor: take all there are
             candidates = self.kernels.above(x, weight, bias.detach(), torch.zeros(len(bias)), x.shape[0] * len(bias), screen)
@@ -217,10 +219,16 @@ class SparseOps:
             self._counts.append((HostCount(candidates.starts[-1]), wanted, room))
         values = candidates.values
         if len(values) <= wanted:
-            self._counts.append((HostCount(candidates.starts[-1]), 0, wanted))
+            if not x.is_cuda:
+                self._counts.append((HostCount(candidates.starts[-1]), 0, wanted))
             return candidates
-        cut = values.sort(descending=True).values[wanted - 1] if x.is_cuda else values.kthvalue(len(values) - wanted + 1).values
-        self._floors[bias] = _SLACK * cut
+        if x.is_cuda:  # the next floor aims at twice as many as are wanted, where there is room for four times
+            ordered = values.sort(descending=True).values
+            cut, after = ordered[wanted - 1], ordered[min(2 * wanted, len(ordered) - 1)]
+            self._floors[bias] = torch.where(after > 0, after, 0.93 * cut)
+        else:
+            cut = values.kthvalue(len(values) - wanted + 1).values
+            self._floors[bias] = _SLACK * cut
         above, ties = values > cut, values == cut
         kept = candidates.keep(above | (ties & (ties.cumsum(0) <= wanted - above.sum())))
         if not x.is_cuda:
