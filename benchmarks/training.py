@@ -84,9 +84,12 @@ def run(peer: str, job: dict[str, Any], folder: Path, interpreter: str) -> dict[
     target.unlink(missing_ok=True)
     # OpenMP's idle threads must not spin on the cores that other threads of the same process work on: for ours the command
     # line sets this (monosem/__init__.py); the peers have no other threads, and run as they come
-    env = {**os.environ, **({"OMP_WAIT_POLICY": "PASSIVE"} if peer == "monosem" else {})}
+    env, script = dict(os.environ), HERE / "peers" / f"run_{peer}.py"
+    if peer == "monosem":
+        script = HERE / "run_monosem.py"
+        env |= {"OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE / "peers")])}
     done = subprocess.run(
-        [interpreter, str(HERE / "peers" / f"run_{peer}.py"), str(source), str(target)], env=env, capture_output=True, text=True
+        [interpreter, str(script), str(source), str(target)], env=env, capture_output=True, text=True
     )
     if done.returncode or not target.exists():
         return {"failed": (done.stderr or done.stdout).strip().splitlines()[-1:]}

@@ -275,7 +275,7 @@ def test_batches_much_larger_than_the_last_do_not_keep_batchtopk_dense():
 
 
 def test_rows_of_a_dense_step_are_taken_in_parts(monkeypatch):
-    monkeypatch.setattr("sae.dense_or_sparse.part_bytes", lambda device_type: 3 * 4 * 100)  # three rows, and the last alone
+    monkeypatch.setattr("sae.dense_or_sparse.part_rows", lambda d_sae, device_type: 3)  # and the last row alone
     c, sae, adam, way = switchable()
     found = way.backward(sae, firing(50), c, 1.0, lambda: None, 0)
     monkeypatch.undo()

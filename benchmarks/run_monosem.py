@@ -1,4 +1,7 @@
-"""monosem: its own `train` over the same batches. Run as `python benchmarks/peers/run_monosem.py JOB RESULT`."""
+"""monosem: its own `train` over the peers' batches. training.py runs it, with peers/ on the path.
+
+By hand: `PYTHONPATH=.:benchmarks/peers python benchmarks/run_monosem.py JOB RESULT`.
+"""
 
 import json
 import sys
@@ -9,7 +12,6 @@ from typing import Any
 import torch
 from common import Job, Meter, run
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sae import TrainConfig, train
 from sae.ops import kernels_for
 
