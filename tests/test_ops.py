@@ -704,7 +704,8 @@ def no_kernels_known():
 @pytest.mark.usefixtures("no_kernels_known")
 def test_without_numba_plain_pytorch_computes_and_one_line_says_so(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "sae.ops.cpu", raising=False)
+    for name in ("sae.ops.cpu", "sae.ops.cpu_loops"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with caplog.at_level(logging.INFO, "sae"):
         assert [kernels_for("cpu").name for _ in range(3)] == ["reference"] * 3
     assert len(caplog.records) == 1
