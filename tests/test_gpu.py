@@ -76,3 +76,24 @@ def test_streaming_on_cuda_gives_the_rows_of_a_harvest(subjects, tiny_text, tmp_
     for rows, (x, z) in zip(batches.row_numbers(), batches, strict=True):
         assert torch.allclose(x.cpu(), store.read(HOOKS[0], rows), atol=1e-4)
         assert torch.allclose(z.cpu(), store.read(HOOKS[1], rows), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("architecture", "own"), [("standard", {"l1_coefficient": 2.0}), ("topk", {"k": 8}), ("batchtopk", {"k": 8})]
+)
+def test_training_on_cuda_is_worth_what_it_is_on_a_cpu(architecture, own, dtype):
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(128, 64, generator=generator), dim=1)
+    batches = [(torch.rand(512, 128, generator=generator) < 0.04).float() @ atoms for _ in range(20)]
+    values = {}
+    for device in ("cpu", "cuda"):
+        config = TrainConfig(
+            architecture=architecture, d_sae=256, steps=200, batch_size=512, lr=2e-3, compute_dtype=dtype, device=device, **own
+        )
+        sae = train(batches, config)
+        x = batches[0]
+        values[device] = 1 - float((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum())
+        again = train(batches, config)
+        assert torch.equal(again.W_enc, sae.W_enc), "equal runs end in equal bits"
+    assert values["cuda"] == pytest.approx(values["cpu"], abs=0.02)
