@@ -125,7 +125,7 @@ def summary(result: dict[str, Any], shape: Shape, counted: int, peaks: dict[str,
 
 
 def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the round whose speed is the median, with all speeds."""
+    """Return the round whose speed is the median (of two, the faster), with all speeds."""
     failed = [r for r in rounds if "failed" in r]
     if failed:
         return failed[0]
