@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from activation_store import ActivationStore, DataConfig, HarvestConfig, ModelConfig
+from sae.ops import Kernels, kernels_for
 
 torch.set_num_threads(2)
 if not torch.cuda.is_available():
@@ -138,3 +139,13 @@ def demo_model_dir() -> Path:
         fetch.FOLDER.mkdir(exist_ok=True)
         fetch.fetch_model()
     return Path(model_folder(ModelConfig(id=str(fetch.MODEL))))
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    """The sparse operations in plain PyTorch, then compiled."""
+    before = torch.get_num_threads()
+    if request.param == "reference":  # many operations on little: threads would only wait for each other
+        torch.set_num_threads(1)
+    yield kernels_for("cpu", request.param == "reference")
+    torch.set_num_threads(before)

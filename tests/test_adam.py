@@ -8,19 +8,10 @@ from torch import nn
 
 from sae.adam import Adam
 from sae.architectures.auxk import Dead, auxk_loss
-from sae.ops import Above, DenseOps, TopK, kernels_for
+from sae.ops import Above, DenseOps, TopK
 
 LR, BETAS, MAX_NORM = 1e-2, (0.9, 0.99), 1.0
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
-
-
-@pytest.fixture(params=["reference", "cpu"])
-def kernels(request):
-    before = torch.get_num_threads()
-    if request.param == "reference":  # many operations on little: threads would only wait for each other
-        torch.set_num_threads(1)
-    yield kernels_for("cpu", request.param == "reference")
-    torch.set_num_threads(before)
 
 
 def normal(*shape, seed=0):

@@ -27,15 +27,6 @@ REFERENCE, CPU = ReferenceKernels(), kernels_for("cpu")
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def kernels(request):
-    before = torch.get_num_threads()
-    if request.param == "reference":  # many operations on little: threads would only wait for each other
-        torch.set_num_threads(1)
-    yield kernels_for("cpu", request.param == "reference")
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()

@@ -55,33 +55,29 @@ class CPUKernels:
         self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
     ) -> SparseLatents:
         """See Kernels."""
-        weights, bars = (weight.numpy() if screen else None), threshold.numpy()
-        x, norms = x.contiguous(), x.norm(dim=1).numpy()
-        rows = x.numpy()
+        biases, bars = bias.numpy(), threshold.numpy()
+        if screen is None:
+            return self._selected(x, weight, room, lambda z, first, low, high: _above(z, low, high, biases, bars))
+        rows, lengths, weights, norms = x.contiguous().numpy(), x.norm(dim=1).numpy(), weight.numpy(), screen.norms.numpy()
 
         def select(z: Any, first: int, low: int, high: int) -> Any:
-            if screen is None:
-                return _above(z, low, high, bias.numpy(), bars)
-            return _above_screened(
-                z, low, high, rows[first:], norms[first:], weights, screen.norms.numpy(), bias.numpy(), bars
-            )
+            return _above_screened(z, low, high, rows[first:], lengths[first:], weights, norms, biases, bars)
 
-        return self._selected(x, screen.low if screen else weight, room, select)
+        return self._selected(x, screen.low, room, select)
 
     def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """See Kernels."""
-        k, weights = min(k, len(weight)), weight.numpy() if screen else None
-        x, norms = x.contiguous(), x.norm(dim=1).numpy()
-        rows = x.numpy()
+        k, biases, lengths = min(k, len(weight)), bias.numpy(), x.norm(dim=1).numpy()
+        if screen is None:
+            return self._selected(
+                x, weight, len(x) * k, lambda z, first, low, high: _topk(z, lengths[first:], low, high, biases, k)
+            )
+        rows, weights, norms = x.contiguous().numpy(), weight.numpy(), screen.norms.numpy()
 
         def select(z: Any, first: int, low: int, high: int) -> Any:
-            if screen is None:
-                return _topk(z, norms[first:], low, high, bias.numpy(), k)
-            return _topk_screened(
-                z, low, high, rows[first:], norms[first:], weights, screen.norms.numpy(), bias.numpy(), k
-            )
+            return _topk_screened(z, low, high, rows[first:], lengths[first:], weights, norms, biases, k)
 
-        return self._selected(x, screen.low if screen else weight, len(x) * k, select)
+        return self._selected(x, screen.low, len(x) * k, select)
 
     def _selected(self, x: Tensor, weight: Tensor, room: int, select: Callable[[Any, int, int, int], Any]) -> SparseLatents:
         """Take the product a few rows at a time, and of each only what is selected: z is never whole.

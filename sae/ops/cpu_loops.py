@@ -84,11 +84,23 @@ def _largest(
 
 
 @compiled
-def _topk(z: Any, norms: Any, low: int, high: int, bias: Any, k: int) -> Any:  # pragma: no cover - compiled
-    """Candidates are what lies above a bar, which is lowered until there are k of them, or down to 0.
+def _reaching(
+    z: Any, bias: Any, zeros: Any, likely: Any, k: int, bits: Any, row: Any, flags: Any, words: Any, candidates: Any,
+    strengths: Any,
+) -> int:  # pragma: no cover - compiled  # fmt: skip
+    """Collect what lies above a bar, a little under the likely k-th largest and lowered until there are k, or down to 0."""
+    bar = np.float32(_FIRST) * likely
+    while True:
+        _flag(z, bias, zeros, bar, bits, row, flags)
+        count = _collect(row, flags, words, candidates, strengths, 0)
+        if count >= k or bar == 0:
+            return count
+        bar = bar * np.float32(0.7) if bar > np.float32(0.1) * likely else np.float32(0)
 
-    The k-th largest is nearly in proportion to the row's norm: the rows before tell the bar to try first.
-    """
+
+@compiled
+def _topk(z: Any, norms: Any, low: int, high: int, bias: Any, k: int) -> Any:  # pragma: no cover - compiled
+    """The k-th largest is nearly in proportion to the row's norm: the rows before tell where to look for it first."""
     d_sae = z.shape[1]
     row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
     bits, words = row.view(np.int32), flags.view(np.uint64)
@@ -97,13 +109,7 @@ def _topk(z: Any, norms: Any, low: int, high: int, bias: Any, k: int) -> Any:  #
     latents, values = np.empty((high - low) * k, np.int32), np.empty((high - low) * k, np.float32)
     end, ratio = 0, np.float32(0)
     for r in range(low, high):
-        bar = np.float32(_FIRST) * ratio * norms[r]
-        while True:
-            _flag(z[r], bias, zeros, bar, bits, row, flags)
-            count = _collect(row, flags, words, candidates, strengths, 0)
-            if count >= k or bar == 0:
-                break
-            bar = bar * np.float32(0.7) if bar > np.float32(0.1) * ratio * norms[r] else np.float32(0)
+        count = _reaching(z[r], bias, zeros, ratio * norms[r], k, bits, row, flags, words, candidates, strengths)
         begin = end
         end, least = _largest(candidates, strengths, count, k, latents, values, end)
         ratio = _followed(ratio, least, norms[r])
@@ -178,19 +184,13 @@ def _topk_screened(
     row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
     bits, words = row.view(np.int32), flags.view(np.uint64)
     candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
-    counts, zeros, nothing = np.empty(high - low, np.int64), np.zeros(d_sae, np.float32), np.zeros(d_sae, np.float32)
+    counts, zeros = np.empty(high - low, np.int64), np.zeros(d_sae, np.float32)
     latents, values = np.empty((high - low) * k, np.int32), np.empty((high - low) * k, np.float32)
     error = np.float32(_PRODUCT + _SUM * x.shape[1])
     end, ratio = 0, np.float32(0)
     for r in range(low, high):
         slack = error * x_norms[r]
-        bar = np.float32(_FIRST) * ratio * x_norms[r]
-        while True:
-            _flag(z[r], bias, zeros, bar, bits, row, flags)
-            count = _collect(row, flags, words, candidates, strengths, 0)
-            if count >= k or bar == 0:
-                break
-            bar = bar * np.float32(0.7) if bar > np.float32(0.1) * ratio * x_norms[r] else np.float32(0)
+        count = _reaching(z[r], bias, zeros, ratio * x_norms[r], k, bits, row, flags, words, candidates, strengths)
         bound = np.float32(0)
         if count >= k:
             for p in range(count):
@@ -198,7 +198,7 @@ def _topk_screened(
                 strengths[p] -= slack * norms[j] + np.float32(_ROUNDED) * (abs(strengths[p]) + abs(bias[j]))
             bound = max(bound, np.partition(strengths[:count], count - k)[count - k])
         # a hair below the bound, for what it takes to be among the k largest is to reach it, not to pass it
-        _flag_screened(z[r], bias, nothing, bound * np.float32(0.999999), slack, norms, bits, row, flags)
+        _flag_screened(z[r], bias, zeros, bound * np.float32(0.999999), slack, norms, bits, row, flags)
         count = _collect(row, flags, words, candidates, strengths, 0)
         _exact(x[r], weight, bias, candidates, strengths, count)
         begin = end
