@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.ops import Kernels, Rows, SparseOps
-from sae.ops.kernels import AdamStep
+from sae.ops.kernels import AdamStep, Screen
 
 _EPS = 1e-8
 
@@ -40,8 +40,10 @@ class Adam:
             self.rows[name].norms = self.rows[name].weight.norm(dim=1)
         for name in self.encoders if self.low or self.kernels.screens else ():
             rows = self.rows[name]
-            rows.low, rows.screened = rows.weight.bfloat16(), not self.low
-            rows.norms = rows.weight.norm(dim=1) if rows.screened else None
+            if self.low:
+                rows.low = rows.weight.bfloat16()
+            else:
+                rows.screen = Screen.of(rows.weight)
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -69,9 +71,11 @@ class Adam:
         step = AdamStep(lr, *self.betas, _EPS, self.steps, clip)
         for name, weight in self.weights.items():
             rows = self.rows.get(name)
-            low, norms = (None, None) if rows is None else (rows.low, rows.norms)
+            low, norms, rounding = (None, None, None) if rows is None else (rows.low, rows.norms, None)
+            if rows is not None and rows.screen is not None:
+                low, norms, rounding = rows.screen.low, rows.screen.norms, rows.screen.rounding
             unit = self.unit and name in self.decoders
-            self.kernels.adam(step, weight, *gradients[name], self.m[name], self.v[name], low, norms, unit)
+            self.kernels.adam(step, weight, *gradients[name], self.m[name], self.v[name], low, norms, unit, rounding)
         self.clear()
 
     def _gradient(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -118,6 +122,8 @@ class Adam:
         for name, rows in self.rows.items():  # taken anew they would be another sum, in other bits
             if rows.norms is not None:
                 tensors[f"norms.{name}"] = rows.norms
+            if rows.screen is not None:
+                tensors |= {f"norms.{name}": rows.screen.norms, f"rounding.{name}": rows.screen.rounding}
         return {**tensors, "steps": torch.tensor(self.steps)}
 
     def restore(self, state: dict[str, Tensor]) -> None:

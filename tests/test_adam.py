@@ -9,6 +9,7 @@ from torch import nn
 from sae.adam import Adam
 from sae.architectures.auxk import Dead, auxk_loss
 from sae.ops import Above, DenseOps, TopK
+from sae.ops.kernels import Screen
 
 LR, BETAS, MAX_NORM = 1e-2, (0.9, 0.99), 1.0
 NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -208,17 +209,23 @@ def test_cleared_gradients_are_gone(kernels):
     same_bits(p, q)
 
 
+@pytest.mark.parametrize("low", [False, True])
 @pytest.mark.parametrize("unit", [False, True])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_norms_and_bfloat16_copies_are_those_of_the_weights_after_each_step(kernels, sparse, unit):
+def test_norms_and_bfloat16_copies_are_those_of_the_weights_after_each_step(kernels, sparse, unit, low):
     p = parameters()
-    adam = adam_over(p, kernels, unit, low=True)
+    adam = adam_over(p, kernels, unit, low)
     ops = adam.sparse_ops(1.0) if sparse else DenseOps()
     for step in range(6):
-        assert torch.equal(adam.rows["W_enc"].low, p.W_enc.detach().T.bfloat16())
+        screen, wanted = adam.rows["W_enc"].screen, Screen.of(p.W_enc.detach().T)
+        assert (adam.rows["W_enc"].low is not None, screen is not None) == (low, kernels.screens and not low)
+        if low:
+            assert torch.equal(adam.rows["W_enc"].low, wanted.low)
+        if screen is not None:
+            assert torch.equal(screen.low, wanted.low)
+            near(screen.norms, wanted.norms, 1e-6)
+            near(screen.rounding, wanted.rounding, 1e-5)
         near(adam.rows["W_dec"].norms, p.W_dec.norm(dim=1), 1e-6)
-        if adam.rows["W_enc"].norms is not None:
-            near(adam.rows["W_enc"].norms, p.W_enc.norm(dim=0), 1e-6)
         assert adam.rows["W_enc"].weight.data_ptr() == p.W_enc.data_ptr()
         loss(ops, p, normal(5 if step % 2 else 64, 12, seed=step), rule=TopK(3), norms=not unit).backward()
         adam.step(LR)

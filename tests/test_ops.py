@@ -338,7 +338,7 @@ def test_several_chunks_of_rows_are_one_batch():
     x[::7] = 0
     for dtype in (torch.float32, torch.bfloat16):
         arguments = x, weight.to(dtype), bias
-        for screen in (None, screen_of(weight)) if dtype == torch.float32 else (None,):
+        for screen in (None, Screen.of(weight)) if dtype == torch.float32 else (None,):
             same_entries(CPU.topk(*arguments, 4, screen), REFERENCE.topk(*arguments, 4))
         wanted = REFERENCE.above(*arguments, bias.abs(), 100_000)
         same_entries(CPU.above(*arguments, bias.abs(), len(wanted.values)), wanted)
@@ -379,7 +379,7 @@ def test_the_cpu_gets_compiled_kernels():
 def test_selection_equals_the_reference(batch, d, d_sae, seed, k, bias, product):
     x, weight = grid(batch, d, seed=seed), grid(d_sae, d, seed=seed + 1)
     bias, weight = grid(d_sae, seed=seed + 2) + bias, weight.bfloat16() if product == "bfloat16" else weight
-    screen = screen_of(weight) if product == "screened" else None
+    screen = Screen.of(weight) if product == "screened" else None
     threshold = grid(d_sae, seed=seed + 3)
     wanted = REFERENCE.above(x, weight, bias, threshold, batch * d_sae)
     same_entries(CPU.above(x, weight, bias, threshold, len(wanted.values), screen), wanted)
@@ -388,10 +388,6 @@ def test_selection_equals_the_reference(batch, d, d_sae, seed, k, bias, product)
             with pytest.raises(TooDense):
                 kernels.above(x, weight, bias, threshold, len(wanted.values) - 1, screen)
     same_entries(CPU.topk(x, weight, bias, k, screen), REFERENCE.topk(x, weight, bias, k))
-
-
-def screen_of(weight):
-    return Screen(weight.bfloat16(), weight.norm(dim=1))
 
 
 @pytest.mark.parametrize("size", [2.0**-30, 1.0, 2.0**30])
@@ -414,17 +410,17 @@ def test_a_screen_loses_nothing_that_bfloat16_rounds_away(sign, size):
         at = z.sort(dim=0).values[rank].contiguous()
         for bars in (at, torch.nextafter(at, torch.tensor(-torch.inf))):
             wanted = REFERENCE.above(x, weight, bias, bars, z.numel())
-            same_entries(CPU.above(x, weight, bias, bars, z.numel(), screen_of(weight)), wanted)
+            same_entries(CPU.above(x, weight, bias, bars, z.numel(), Screen.of(weight)), wanted)
     for k in (1, 7, 59):
-        same_entries(CPU.topk(x, weight, bias, k, screen_of(weight)), REFERENCE.topk(x, weight, bias, k))
+        same_entries(CPU.topk(x, weight, bias, k, Screen.of(weight)), REFERENCE.topk(x, weight, bias, k))
 
 
 def test_a_screen_of_ordinary_numbers_selects_as_float32_does():
     """Up to entries that the rounding of a float32 sum decides; values are float32's, not bfloat16's."""
     x, weight, bias = normal(1500, 48), normal(130, 48, seed=1), normal(130, seed=2)
     for found, wanted in (
-        (CPU.above(x, weight, bias, bias.abs(), 10**9, screen_of(weight)), REFERENCE.above(x, weight, bias, bias.abs(), 10**9)),
-        (CPU.topk(x, weight, bias, 9, screen_of(weight)), REFERENCE.topk(x, weight, bias, 9)),
+        (CPU.above(x, weight, bias, bias.abs(), 10**9, Screen.of(weight)), REFERENCE.above(x, weight, bias, bias.abs(), 10**9)),
+        (CPU.topk(x, weight, bias, 9, Screen.of(weight)), REFERENCE.topk(x, weight, bias, 9)),
     ):
         found, wanted = found.dense(), wanted.dense()
         both = (found != 0) & (wanted != 0)
@@ -493,8 +489,10 @@ def test_adam_equals_the_reference(d, d_sae, seed, with_low, with_norms, unit, w
     for kernels in (REFERENCE, CPU):
         w = torch.nn.functional.normalize(normal(d_sae, d, seed=seed)) * 2
         m, v = normal(d_sae, d, seed=seed + 1) / 9, normal(d_sae, d, seed=seed + 2).square()
-        low, norms = torch.zeros(d_sae, d, dtype=torch.bfloat16), torch.zeros(d_sae)
-        kernels.adam(step, w, gradient, slots, m, v, low if with_low else None, norms if with_norms else None, unit)
+        low, norms, rounding = torch.zeros(d_sae, d, dtype=torch.bfloat16), torch.zeros(d_sae), torch.zeros(d_sae)
+        copies = low if with_low else None, norms if with_norms else None
+        kernels.adam(step, w, gradient, slots, m, v, *copies, unit, rounding if with_low and with_norms else None)
+        near(rounding, (w - low).norm(dim=1) if with_low and with_norms else torch.zeros_like(rounding), 1e-5)
         assert torch.equal(low, w.bfloat16() if with_low else torch.zeros_like(low))
         near(norms, w.norm(dim=1) if with_norms else torch.zeros_like(norms), 1e-6)
         states.append((w, m, v))

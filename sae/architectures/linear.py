@@ -51,7 +51,7 @@ class LinearSAE(SAE):
         x = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
         weight, bias = self.W_enc.T.detach(), self.b_enc.detach()
         if kernels.screens and len(x) >= _WORTH_A_SCREEN:
-            screen = Screen(weight.bfloat16(), weight.norm(dim=1))
+            screen = Screen.of(weight)
         if isinstance(rule, TopK):
             return kernels.topk(x, weight, bias, min(rule.k, self.cfg.d_sae), screen)
         assert isinstance(rule, Above)

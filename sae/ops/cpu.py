@@ -58,24 +58,25 @@ class CPUKernels:
         biases, bars = bias.numpy(), threshold.numpy()
         if screen is None:
             return self._selected(x, weight, room, lambda z, first, low, high: _above(z, low, high, biases, bars))
-        rows, lengths, weights, norms = x.contiguous().numpy(), x.norm(dim=1).numpy(), weight.numpy(), screen.norms.numpy()
+        arrays = _screened(x, weight, screen)
 
         def select(z: Any, first: int, low: int, high: int) -> Any:
-            return _above_screened(z, low, high, rows[first:], lengths[first:], weights, norms, biases, bars)
+            return _above_screened(z, first, low, high, *arrays, biases, bars)
 
         return self._selected(x, screen.low, room, select)
 
     def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """See Kernels."""
-        k, biases, lengths = min(k, len(weight)), bias.numpy(), x.norm(dim=1).numpy()
+        k, biases = min(k, len(weight)), bias.numpy()
         if screen is None:
+            lengths = x.norm(dim=1).numpy()
             return self._selected(
                 x, weight, len(x) * k, lambda z, first, low, high: _topk(z, lengths[first:], low, high, biases, k)
             )
-        rows, weights, norms = x.contiguous().numpy(), weight.numpy(), screen.norms.numpy()
+        arrays = _screened(x, weight, screen)
 
         def select(z: Any, first: int, low: int, high: int) -> Any:
-            return _topk_screened(z, low, high, rows[first:], lengths[first:], weights, norms, biases, k)
+            return _topk_screened(z, first, low, high, *arrays, biases, k)
 
         return self._selected(x, screen.low, len(x) * k, select)
 
@@ -166,6 +167,7 @@ class CPUKernels:
     def adam(
         self, step: AdamStep, weight: Tensor, gradient: Tensor, slots: Tensor | None, m: Tensor, v: Tensor,
         low: Tensor | None, norms: Tensor | None, unit: bool,
+        rounding: Tensor | None = None,
     ) -> None:  # fmt: skip
         """See Kernels."""
         places = torch.arange(len(weight)) if slots is None else slots
@@ -179,8 +181,15 @@ class CPUKernels:
         _over(
             len(weight), _adam, constants, weight.detach().numpy(), gradient.detach().numpy(), places.numpy(), m.numpy(),
             v.numpy(), np.zeros((0, 0), np.int16) if low is None else low.view(torch.int16).numpy(),
-            _NO_VECTOR if norms is None else norms.numpy(), unit,
+            _NO_VECTOR if norms is None else norms.numpy(), _NO_VECTOR if rounding is None else rounding.numpy(), unit,
         )  # fmt: skip
+
+
+def _screened(x: Tensor, weight: Tensor, screen: Screen) -> tuple[Any, ...]:
+    """Return what the bound on a screen's error is made of: x, the norms of its rows and of what rounding takes from them,
+    weight, and the same of its rows."""
+    rounding = (x - x.bfloat16()).norm(dim=1)
+    return tuple(t.numpy() for t in (x.contiguous(), x.norm(dim=1), rounding, weight, screen.norms, screen.rounding))
 
 
 # Dealing out work

@@ -9,12 +9,13 @@ from numba import njit
 # is not either. NaN and infinity still come through: nnan and ninf are left out.
 compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "arcp", "contract", "afn"})
 
-# How far a pre-activation from a bfloat16 product may be from that of a float32 one: by rounding x and W to 8 bits at most
-# (2 u + u^2) ||x|| ||w_i|| with u = 2^-8 (Cauchy-Schwarz; rows so small that their squares underflow are not covered), by
-# summing d products in float32, twice that of each, and by rounding the result, u |z|; each a little more, for what
-# rounding does to the bounds themselves.
-_PRODUCT, _SUM, _ROUNDED = 0.00786, 2.4e-7, 0.00395
+# How far a pre-activation from a bfloat16 product may be from that of a float32 one. With dx and dw what rounding takes from
+# x and w, |x.w - (x - dx).(w - dw)| <= ||dx|| ||w|| + ||x - dx|| ||dw|| (Cauchy-Schwarz; rows so small that their squares
+# underflow are not covered), ||x - dx|| <= (1 + 2^-8) ||x||; summing d products in float32 adds at most d u ||x|| ||w||,
+# u = 2^-24, twice, in both products and in norms; rounding the result 2^-8 |z|; each a little more here.
+_LONGER, _SUM, _ROUNDED = 1.004, 2.4e-7, 0.00395
 _FIRST = 0.93  # of the k-th largest that a row's norm suggests: the first bar to try
+_SURELY = 0.96  # of what the k largest surely reach, as a row's norm suggests it: likewise
 
 
 # Selection
@@ -130,7 +131,7 @@ def _followed(ratio: Any, least: Any, norm: Any) -> Any:  # pragma: no cover - c
 
 @compiled
 def _flag_screened(
-    z: Any, bias: Any, bars: Any, bar: Any, slack: Any, norms: Any, bits: Any, row: Any, flags: Any
+    z: Any, bias: Any, bars: Any, of_norm: Any, of_rounding: Any, norms: Any, rounding: Any, bits: Any, row: Any, flags: Any
 ) -> None:  # pragma: no cover - compiled
     """As `_flag`, but flag all whose float32 pre-activation may lie above the bars."""
     for j in range(row.size):
@@ -138,8 +139,8 @@ def _flag_screened(
     for j in range(row.size):
         value = row[j] + bias[j]
         row[j] = value
-        most = value + (slack * norms[j] + np.float32(_ROUNDED) * (abs(value) + abs(bias[j])))
-        flags[j] = not (most <= bars[j] + bar)  # also where it is not a number: that is for the float32 value to tell
+        most = value + (of_norm * norms[j] + of_rounding * rounding[j] + np.float32(_ROUNDED) * (abs(value) + abs(bias[j])))
+        flags[j] = not (most <= bars[j])  # also where it is not a number: that is for the float32 value to tell
 
 
 @compiled
@@ -152,20 +153,22 @@ def _exact(x: Any, weight: Any, bias: Any, candidates: Any, strengths: Any, coun
 
 @compiled
 def _above_screened(
-    z: Any, low: int, high: int, x: Any, x_norms: Any, weight: Any, norms: Any, bias: Any, threshold: Any
-) -> Any:  # pragma: no cover - compiled
+    z: Any, first: int, low: int, high: int, x: Any, x_norms: Any, x_rounding: Any, weight: Any, norms: Any, rounding: Any,
+    bias: Any, threshold: Any,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
     d_sae = z.shape[1]
     row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
     bits, words = row.view(np.int32), flags.view(np.uint64)
     candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
     counts = np.empty(high - low, np.int64)
     latents, values = np.empty((high - low) * d_sae, np.int32), np.empty((high - low) * d_sae, np.float32)
-    error = np.float32(_PRODUCT + _SUM * x.shape[1])
     end = 0
     for r in range(low, high):
-        _flag_screened(z[r], bias, threshold, np.float32(0), error * x_norms[r], norms, bits, row, flags)
+        of_norm = x_rounding[first + r] + np.float32(_SUM * x.shape[1]) * x_norms[first + r]
+        of_rounding = np.float32(_LONGER) * x_norms[first + r]
+        _flag_screened(z[r], bias, threshold, of_norm, of_rounding, norms, rounding, bits, row, flags)
         count = _collect(row, flags, words, candidates, strengths, 0)
-        _exact(x[r], weight, bias, candidates, strengths, count)
+        _exact(x[first + r], weight, bias, candidates, strengths, count)
         begin = end
         for p in range(count):
             if strengths[p] > threshold[candidates[p]]:
@@ -176,34 +179,74 @@ def _above_screened(
 
 
 @compiled
+def _lowered(bar: Any, slack: Any) -> Any:  # pragma: no cover - compiled
+    """Return the screen's value below which a float32 pre-activation surely lies under the bar, whichever latent's it is."""
+    bar = bar - slack
+    return bar / np.float32(1 + _ROUNDED) if bar > 0 else bar / np.float32(1 - _ROUNDED)
+
+
+@compiled
+def _largest_of(values: Any) -> Any:  # pragma: no cover - compiled
+    """Return the largest of numbers not below 0, those left out that are not numbers: they concern no other latent."""
+    largest = np.float32(0)
+    for value in values:
+        if value > largest:
+            largest = value
+    return largest
+
+
+@compiled
 def _topk_screened(
-    z: Any, low: int, high: int, x: Any, x_norms: Any, weight: Any, norms: Any, bias: Any, k: int
-) -> Any:  # pragma: no cover - compiled
-    """k latents that surely reach some value make it a bound: who may not reach it is not among the k largest."""
+    z: Any, first: int, low: int, high: int, x: Any, x_norms: Any, x_rounding: Any, weight: Any, norms: Any, rounding: Any,
+    bias: Any, k: int,
+) -> Any:  # pragma: no cover - compiled  # fmt: skip
+    """k latents that surely reach some value make it a bound: who may not reach it is not among the k largest.
+
+    Where the bound will lie the rows before tell, as in `_topk`. So one pass over a row mostly finds all who may reach it;
+    where the bound turns out lower than thought, a second one does, lower still if there were fewer than k.
+    """
     d_sae = z.shape[1]
     row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
     bits, words = row.view(np.int32), flags.view(np.uint64)
     candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
+    margins, least = np.empty(d_sae, np.float32), np.empty(d_sae, np.float32)
     counts, zeros = np.empty(high - low, np.int64), np.zeros(d_sae, np.float32)
     latents, values = np.empty((high - low) * k, np.int32), np.empty((high - low) * k, np.float32)
-    error = np.float32(_PRODUCT + _SUM * x.shape[1])
+    largest = _largest_of(norms), _largest_of(rounding), _largest_of(np.abs(bias))
     end, ratio = 0, np.float32(0)
     for r in range(low, high):
-        slack = error * x_norms[r]
-        count = _reaching(z[r], bias, zeros, ratio * x_norms[r], k, bits, row, flags, words, candidates, strengths)
-        bound = np.float32(0)
-        if count >= k:
+        norm = x_norms[first + r]
+        of_norm, of_rounding = x_rounding[first + r] + np.float32(_SUM * x.shape[1]) * norm, np.float32(_LONGER) * norm
+        slack = of_norm * largest[0] + of_rounding * largest[1] + np.float32(_ROUNDED) * largest[2]
+        slack *= np.float32(1.0001)
+        bar = _lowered(np.float32(_SURELY) * ratio * norm, slack)
+        while True:
+            _flag(z[r], bias, zeros, bar, bits, row, flags)
+            count = _collect(row, flags, words, candidates, strengths, 0)
             for p in range(count):
                 j = candidates[p]
-                strengths[p] -= slack * norms[j] + np.float32(_ROUNDED) * (abs(strengths[p]) + abs(bias[j]))
-            bound = max(bound, np.partition(strengths[:count], count - k)[count - k])
-        # a hair below the bound, for what it takes to be among the k largest is to reach it, not to pass it
-        _flag_screened(z[r], bias, zeros, bound * np.float32(0.999999), slack, norms, bits, row, flags)
-        count = _collect(row, flags, words, candidates, strengths, 0)
-        _exact(x[r], weight, bias, candidates, strengths, count)
+                margins[p] = (
+                    of_norm * norms[j] + of_rounding * rounding[j] + np.float32(_ROUNDED) * (abs(strengths[p]) + abs(bias[j]))
+                )
+                surely = strengths[p] - margins[p]
+                least[p] = surely if surely > np.float32(-1e38) else np.float32(-1e38)  # also where it is not a number
+            bound = np.float32(0)
+            if count >= k:
+                bound = max(bound, np.partition(least[:count], count - k)[count - k])
+            # a hair below the bound, for what it takes to be among the k largest is to reach it, not to pass it
+            bound *= np.float32(0.99999)
+            if not bar > _lowered(bound, slack):  # or not a number, as with a NaN in x: then nothing is found
+                break
+            bar = _lowered(bound, slack) if count >= k else _lowered(np.float32(0.7) * max(bar, np.float32(0)), slack)
+        ratio = _followed(ratio, bound, norm)
+        reached = 0
+        for p in range(count):
+            if not (strengths[p] + margins[p] <= bound):
+                candidates[reached] = candidates[p]
+                reached += 1
+        _exact(x[first + r], weight, bias, candidates, strengths, reached)
         begin = end
-        end, least = _largest(candidates, strengths, count, k, latents, values, end)
-        ratio = _followed(ratio, least, x_norms[r])
+        end, _ = _largest(candidates, strengths, reached, k, latents, values, end)
         counts[r - low] = end - begin
     return counts, latents[:end].copy(), values[:end].copy()
 
@@ -352,11 +395,12 @@ def _gradient(
 @compiled
 def _adam(
     low: int, high: int, constants: Any, weight: Any, gradient: Any, slots: Any, m: Any, v: Any, low_copy: Any, norms: Any,
-    unit: bool,
+    rounding: Any, unit: bool,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
     lr, root, beta1, beta2, rest1, rest2, eps, clip = constants
     d = weight.shape[1]
-    none = np.zeros(d, np.float32)
+    none, kept = np.zeros(d, np.float32), np.empty(d, np.float32)
+    kept_bits = kept.view(np.int32)
     one = np.float32(1)
     for i in range(low, high):
         w, mi, vi = weight[i], m[i], v[i]
@@ -382,4 +426,10 @@ def _adam(
             bits = w.view(np.int32)
             for j in range(d):  # to the nearest bfloat16, ties to even
                 up = np.int32(0x7FFF) + ((bits[j] >> np.int32(16)) & np.int32(1))
-                low_copy[i, j] = np.int16((bits[j] + up) >> np.int32(16))
+                kept_bits[j] = (bits[j] + up) & np.int32(-0x10000)
+                low_copy[i, j] = np.int16(kept_bits[j] >> np.int32(16))
+            if rounding.size:
+                square = np.float32(0)
+                for j in range(d):
+                    square += (w[j] - kept[j]) * (w[j] - kept[j])
+                rounding[i] = np.sqrt(square)

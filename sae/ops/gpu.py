@@ -173,12 +173,13 @@ class TritonKernels:
     def adam(
         self, step: AdamStep, weight: Tensor, gradient: Tensor, slots: Tensor | None, m: Tensor, v: Tensor,
         low: Tensor | None, norms: Tensor | None, unit: bool,
+        rounding: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """See Kernels; rows of norm 0 stay. Where no norm is asked for, rows may have any length."""
+        """See Kernels; rows of norm 0 stay. Where no norm is asked for, rows may have any length. No screens here, so no rounding."""
         rows, d = weight.shape
         whole = unit or norms is not None
-        if (whole and d > MAX_D) or not all(t.is_contiguous() for t in (weight, m, v, low, norms) if t is not None):
-            return self._reference(d).adam(step, weight, gradient, slots, m, v, low, norms, unit)
+        if rounding is not None or (whole and d > MAX_D) or not all(t.is_contiguous() for t in (weight, m, v, low, norms) if t is not None):
+            return self._reference(d).adam(step, weight, gradient, slots, m, v, low, norms, unit, rounding)
         block = _power(d) if whole else min(BLOCK, _power(d))
         rate, second_scale = step.lr / (1 - step.beta1**step.step), 1 / (1 - step.beta2**step.step)
         numbers = (rate, 1 - step.beta1, step.beta2, 1 - step.beta2, second_scale, step.eps, d, _ceil(d, block))

@@ -33,7 +33,8 @@ class Term:
 
 @dataclass(frozen=True)
 class Screen:
-    """What lets float32 pre-activations be selected by a bfloat16 product: weight's copy `low` and its rows' `norms`.
+    """What lets float32 pre-activations be selected by a bfloat16 product: weight's copy `low`, the norms of weight's rows,
+    and `rounding`, the norms of the rows of weight - low.
 
     The product's error has a bound, so it tells who may be selected; for those few, z is then taken in float32. What comes
     out is what the float32 product would have given, and the product costs less than half.
@@ -41,6 +42,13 @@ class Screen:
 
     low: Tensor
     norms: Tensor
+    rounding: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Screen":
+        """Take them from (d_sae, d) float32."""
+        low = weight.bfloat16()
+        return cls(low, weight.norm(dim=1), (weight - low).norm(dim=1))
 
 
 @dataclass(frozen=True)
@@ -105,8 +113,10 @@ class Kernels(Protocol):
     def adam(
         self, step: AdamStep, weight: Tensor, gradient: Tensor, slots: Tensor | None, m: Tensor, v: Tensor,
         low: Tensor | None, norms: Tensor | None, unit: bool,
+        rounding: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Take Adam's step in place, in a pass that also brings rows to norm 1 (`unit`), and writes norms and bfloat16 copy."""
+        """Take Adam's step in place, in a pass that also brings rows to norm 1 (`unit`), and writes norms, bfloat16 copy and,
+        with both, what the copy's rounding comes to (see `Screen`)."""
 
 
 @cache

@@ -84,6 +84,7 @@ class ReferenceKernels:
     def adam(
         self, step: AdamStep, weight: Tensor, gradient: Tensor, slots: Tensor | None, m: Tensor, v: Tensor,
         low: Tensor | None, norms: Tensor | None, unit: bool,
+        rounding: Tensor | None = None,
     ) -> None:  # fmt: skip
         """See Kernels."""
         if slots is not None:
@@ -101,6 +102,8 @@ class ReferenceKernels:
             norms.copy_(weight.norm(dim=1))
         if low is not None:
             low.copy_(weight)
+        if low is not None and rounding is not None:
+            rounding.copy_((weight - low).norm(dim=1))
 
 
 def _selected(z: Tensor, mask: Tensor, kernels: ReferenceKernels) -> SparseLatents:

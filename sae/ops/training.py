@@ -146,15 +146,15 @@ def select(z: Tensor, rule: Rule) -> Tensor:
 class Rows:
     """A matrix by latent, (d_sae, d) float32, what the optimiser keeps beside it, and a step's gradient in parts.
 
-    `low` is its bfloat16 copy and `norms` the rows' norms, as of the last step; an encoder's product is taken in `low`, or,
-    `screened`, selected by it and exact in float32. The gradient is the sum of `terms`, of
+    `low` is its bfloat16 copy, in which an encoder's product is taken, or `screen` what its float32 product is selected by;
+    `norms` are a decoder's rows' norms. All are those after the last step. The gradient is the sum of `terms`, of
     along_i * row i, and of the `subsets`' (latents, gradient of their rows).
     """
 
     weight: Tensor
     low: Tensor | None = None
     norms: Tensor | None = None
-    screened: bool = False
+    screen: Screen | None = None
     terms: list[Term] = field(default_factory=list)
     along: Tensor | None = None
     subsets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -188,11 +188,8 @@ class SparseOps:
         return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
 
     def _select(self, x: Tensor, rows: Rows, bias: Tensor, rule: Rule) -> SparseLatents:
-        room, weight, screen = int(self.room * len(x) * len(bias)), rows.weight, None
-        if rows.low is not None and not rows.screened:
-            weight = rows.low
-        elif rows.low is not None and rows.norms is not None:
-            screen = Screen(rows.low, rows.norms)
+        room, screen = int(self.room * len(x) * len(bias)), rows.screen
+        weight = rows.weight if rows.low is None else rows.low
         if isinstance(rule, Above):
             f = self.kernels.above(x, weight, bias.detach(), thresholds(rule, len(bias), x.device), room, screen)
             self._counts.append((HostCount(f.starts[-1]), 0, room))
