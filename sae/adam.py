@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from sae.ops import Kernels, Rows, SparseOps
-from sae.ops.kernels import AdamStep, Screen
+from sae.ops import DenseTermOps, Kernels, Rows, SparseOps
+from sae.ops.kernels import AdamStep, DenseTerm, Screen, Term
 
 _EPS = 1e-8
 
@@ -32,6 +32,7 @@ class Adam:
         self.m = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self.v = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self._buffers: dict[str, Tensor] = {}
+        self._absorbed: set[str] = set()  # whose buffers hold a part of the gradient
         self.refresh()
 
     def refresh(self) -> None:
@@ -51,6 +52,19 @@ class Adam:
             parameter.grad = None
         for rows in self.rows.values():
             rows.clear()
+        self._absorbed.clear()
+
+    @torch.no_grad()
+    def absorb(self) -> None:
+        """Evaluate the terms that operations have left so far, so that what they are made of may go.
+
+        For a batch that is taken in parts, before the next part.
+        """
+        for name, rows in self.rows.items():
+            if rows.terms or rows.subsets:
+                self._add_up(name, False, self._buffer(name, len(rows.weight), rows.weight), None)
+                rows.terms, rows.subsets = [], []
+                self._absorbed.add(name)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -80,28 +94,43 @@ class Adam:
 
     def _gradient(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return the gradient, the place of each latent's row in it, and the rows' squared norms."""
-        rows = self.rows[name]
-        if parameter.grad is not None:  # a dense step's
+        if parameter.grad is not None:  # plain autograd's
             out, slots = (parameter.grad if name in self.decoders else parameter.grad.T).contiguous(), None
+            self._absorbed.add(name)
         else:
-            slots, places = self._slots(rows)
-            out = self._buffer(name, places, rows.weight)
-        fresh = parameter.grad is None and not rows.subsets
-        if rows.subsets and parameter.grad is None:
+            slots, places = self._slots(name)
+            out = self._buffer(name, places, self.rows[name].weight)
+        return out, slots, self._add_up(name, True, out, slots)
+
+    def _add_up(self, name: str, last: bool, out: Tensor, slots: Tensor | None) -> Tensor:
+        """Evaluate what there is of a gradient, and return the squared norms of its rows.
+
+        What lies along the rows of the weight is dealt with when the `last` is added.
+        """
+        rows, fresh = self.rows[name], name not in self._absorbed
+        sparse = [term for term in rows.terms if isinstance(term, Term)]
+        if fresh and rows.subsets:
             out.zero_()
+            fresh = False
         for which, gradient in rows.subsets:
             out.index_add_(0, which if slots is None else slots[which], gradient)
-        tangent = self.unit and name in self.decoders
-        return out, slots, self.kernels.gradient(rows.terms, rows.weight, rows.along, tangent, out, slots, fresh)
+        for term in rows.terms:
+            if isinstance(term, DenseTerm):
+                term.add_to(out, fresh)
+                fresh = False
+        along, tangent = (rows.along, self.unit and name in self.decoders) if last else (None, False)
+        return self.kernels.gradient(sparse, rows.weight, along, tangent, out, slots, fresh)
 
-    def _slots(self, rows: Rows) -> tuple[Tensor | None, int]:
+    def _slots(self, name: str) -> tuple[Tensor | None, int]:
         """Give places only to latents with a gradient, where that saves memory: fewer entries than latents."""
-        d_sae = len(rows.weight)
-        most = sum(len(t.coefficients) for t in rows.terms) + sum(len(which) for which, _ in rows.subsets)
+        rows = self.rows[name]
+        d_sae, terms = len(rows.weight), [term for term in rows.terms if isinstance(term, Term)]
+        most = sum(len(t.coefficients) for t in terms) + sum(len(which) for which, _ in rows.subsets)
         # a gradient along rows may be anywhere: how many they are is known at once on a CPU alone
-        if most >= d_sae or not rows.terms or (rows.along is not None and rows.weight.is_cuda):
+        anywhere = name in self._absorbed or len(terms) < len(rows.terms) or (rows.along is not None and rows.weight.is_cuda)
+        if most >= d_sae or not terms or anywhere:
             return None, d_sae
-        filled = torch.stack([t.latents.by_latent.counts > 0 for t in rows.terms]).any(0)
+        filled = torch.stack([t.latents.by_latent.counts > 0 for t in terms]).any(0)
         for which, _ in rows.subsets:
             filled[which] = True
         if rows.along is not None:
@@ -134,5 +163,9 @@ class Adam:
             value.copy_(state[name])
 
     def sparse_ops(self, room: float) -> SparseOps:
-        """Return operations whose gradients end up here."""
+        """Return sparse operations whose gradients end up here."""
         return SparseOps(self.kernels, {self.parameters[name]: rows for name, rows in self.rows.items()}, room)
+
+    def dense_ops(self) -> DenseTermOps:
+        """Return dense ones."""
+        return DenseTermOps(self.kernels, {self.parameters[name]: rows for name, rows in self.rows.items()})

@@ -54,7 +54,6 @@ class TrainConfig(Section):
     log_every: int = Field(default=50, ge=1)
     checkpoint_every: int = Field(default=500, ge=1)
 
-
     @model_validator(mode="after")
     def _sparsity(self) -> "TrainConfig":
         """Let each architecture have what sets its sparsity, and nothing that would be ignored."""

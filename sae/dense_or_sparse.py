@@ -11,7 +11,7 @@ from torch import Tensor
 from sae.adam import Adam
 from sae.architectures.auxk import Dead
 from sae.config import TrainConfig
-from sae.ops import DenseOps, Ops, SparseOps, TooDense
+from sae.ops import DenseOps, Ops, TooDense
 from sae.sae import SAE, TrainingLoss
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,23 @@ LIMITS = {
 }
 
 
-def part_rows(d_sae: int, device_type: str) -> int:
-    """Return how many rows the dense path takes at a time: on a CPU, so that a (rows, d_sae) matrix stays in a cache."""
-    return max(256, (8 * 2**20 if device_type == "cpu" else 512 * 2**20) // (4 * d_sae))
+# What a part of a batch may take: bytes of one of a dense step's (rows, d_sae) matrices, on a CPU so that it stays in a
+# cache, and entries of a sparse step, which are some 64 bytes each.
+PART_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+PART_ENTRIES = {"cpu": 2**17, "cuda": 2**26}
+
+
+def part_rows(d_sae: int, device_type: str, density: float | None = None) -> int:
+    """Return how many rows are taken at a time where a loss allows it: dense, or sparse if a density is given.
+
+    Not fewer than 256, since for each part all of the weights' gradients are gone through, and a power of two: oneDNN keeps
+    a compiled product for every number of rows it has met.
+    """
+    if density is None:
+        rows = PART_BYTES.get(device_type, PART_BYTES["cpu"]) / (4 * d_sae)
+    else:
+        rows = PART_ENTRIES.get(device_type, PART_ENTRIES["cpu"]) / max(density * d_sae, 1)
+    return max(256, 1 << int(math.log2(max(rows, 1))))
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,8 @@ class DenseOrSparse:
         self.enter, self.leave = LIMITS.get(device, LIMITS["cpu"])[config.compute_dtype] if config.k is None else (1.0, 1.0)
         self.dense = config.k is None if dense is None else dense
         self.density = self.leave if density is None else density  # of the last step
-        self._dense_ops = DenseOps(getattr(torch, config.compute_dtype))
-        self._sparse_ops: SparseOps = optimizer.sparse_ops(room=self.leave)
+        self._dense_ops = DenseOps(getattr(torch, config.compute_dtype)) if self._reference else optimizer.dense_ops()
+        self._sparse_ops = optimizer.sparse_ops(room=self.leave)
 
     def backward(
         self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, dead: Callable[[], Dead | None], step: int
@@ -77,13 +91,13 @@ class DenseOrSparse:
             self._sparse_ops.room = min(self.leave, 2 ** (math.ceil(4 * math.log2(1.5 * max(self.density, 1e-9))) / 4))
         if not (self.dense or self._reference):
             try:
-                found = _backward(sae, x, config, coefficient, self._sparse_ops, dead)
+                found = self._backward(sae, x, config, coefficient, self._sparse_ops, dead)
                 entries = self._sparse_ops.entries()  # on CUDA this waits for the selection only; what follows it is queued
             except TooDense:
                 self._optimizer.clear()
                 found = None
         if found is None:
-            found = _backward(sae, x, config, coefficient, self._dense_ops, dead)
+            found = self._backward(sae, x, config, coefficient, self._dense_ops, dead)
             entries = self._dense_ops.entries()
         self.density = entries / max(1, len(x) * config.d_sae)
         found = replace(found, density=self.density)
@@ -91,32 +105,35 @@ class DenseOrSparse:
             self._choose(found.density, step)
         return found
 
+    def _backward(
+        self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, ops: Ops, dead: Callable[[], Dead | None]
+    ) -> Step:
+        """Backpropagate the loss of x, a few rows at a time where the loss allows it."""
+        sparse, size = ops is self._sparse_ops, max(1, len(x))
+        if sae.rowwise:
+            size = part_rows(config.d_sae, x.device.type, self.density if sparse else None)
+        parts = torch.split(x, size)
+        sums: list[Tensor] = []
+        counts, names, out = torch.zeros((), dtype=torch.int64, device=x.device), list[str](), None
+        for number, part in enumerate(parts):
+            if number > 0:
+                self._optimizer.absorb()
+            del out  # so that no two parts are there at once
+            out = sae.training_loss(part, config, coefficient, ops, dead)
+            share = len(part) / max(1, len(x))
+            (out.loss * share if share != 1 else out.loss).backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                counts = counts + out.latents.latent_counts()
+                names = list(out.parts)
+                scalars = [out.loss, out.mse, out.l1, *out.parts.values()]
+                sums.append(torch.stack([*(share * s.detach().float() for s in scalars), out.error.sum()]))
+        assert out is not None
+        loss, mse, l1, *others, error = torch.stack(sums).sum(0).unbind()
+        return Step(loss, mse, l1, error, counts, dict(zip(names, others, strict=True)), out, sparse)
+
     def _choose(self, density: float, step: int) -> None:
         dense = density > (self.enter if self.dense else self.leave)
         if dense != self.dense:
             log.info("step %d: %.1f %% of latents fire; steps are %s from here on", step + 1, 100 * density,
                      "dense" if dense else "sparse")  # fmt: skip
         self.dense = dense
-
-
-def _backward(
-    sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, ops: Ops, dead: Callable[[], Dead | None]
-) -> Step:
-    """Backpropagate the loss of x; dense, a few rows at a time where the loss allows it: (batch, d_sae) is never whole then."""
-    sparse = isinstance(ops, SparseOps)
-    size = max(1, len(x))
-    if sae.rowwise and not sparse:
-        size = part_rows(config.d_sae, x.device.type)  # not fewer: every part's gradients are as large as the weights
-    sums: list[Tensor] = []
-    counts, names = torch.zeros((), dtype=torch.int64, device=x.device), list[str]()
-    for part in torch.split(x, size):
-        out = sae.training_loss(part, config, coefficient, ops, dead)
-        share = len(part) / max(1, len(x))
-        (out.loss * share if share != 1 else out.loss).backward()  # type: ignore[no-untyped-call]
-        with torch.no_grad():
-            counts = counts + out.latents.latent_counts()
-            names = list(out.parts)
-            scalars = [out.loss, out.mse, out.l1, *out.parts.values()]
-            sums.append(torch.stack([*(share * s.detach().float() for s in scalars), out.error.sum()]))
-    loss, mse, l1, *parts, error = torch.stack(sums).sum(0).unbind()
-    return Step(loss, mse, l1, error, counts, dict(zip(names, parts, strict=True)), out, sparse)

@@ -104,10 +104,9 @@ def train(
         progress((step + 1) * config.batch_size, config.steps * config.batch_size)
         if checkpoints is not None and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
             log.flush()
-            state = Checkpoint(
-                step + 1, scale, way.dense, way.density, sae.state_dict(), optimizer.state(), idle.tokens
-            )
+            state = Checkpoint(step + 1, scale, way.dense, way.density, sae.state_dict(), optimizer.state(), idle.tokens)
             save_checkpoint(checkpoints, state, config)
+        del out  # what it was computed from is not kept while the next step is computed
 
     log.flush()
     sae = sae.finished()
@@ -158,7 +157,7 @@ def _measure(x: Tensor, out: Step, idle: IdleTokens) -> dict[str, Tensor]:
         "mse": out.mse,
         "l1": out.l1,
         "l0": out.counts.sum() / max(1, len(x)),
-        "explained_variance": 1 - out.error / (x - x.mean(0)).square().sum(),
+        "explained_variance": 1 - out.error / (x.var(0, correction=0).sum() * len(x)),
         "dead_fraction": (idle.tokens >= idle.window).float().mean(),
         **out.parts,
     }

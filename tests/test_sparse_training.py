@@ -21,8 +21,9 @@ from sae.architectures import ARCHITECTURES
 from sae.architectures.auxk import Dead, IdleTokens
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.topk import TopKSAE
-from sae.dense_or_sparse import LIMITS, DenseOrSparse
+from sae.dense_or_sparse import LIMITS, DenseOrSparse, part_rows
 from sae.ops import kernels_for
+from sae.ops.kernels import DenseTerm
 from sae.sae import SAEConfig
 
 
@@ -247,7 +248,7 @@ def test_a_step_that_is_too_dense_is_computed_again_and_is_the_references(count)
     found = way.backward(sae, firing(count), c, 1.0, lambda: None, 1)
     assert not found.sparse
     assert way.dense
-    assert not adam.rows["W_enc"].terms + adam.rows["W_dec"].terms
+    assert all(isinstance(term, DenseTerm) for name in ("W_enc", "W_dec") for term in adam.rows[name].terms)
     reference, other, judge, plain = switchable(kernels="reference")
     wanted = plain.backward(other, firing(count), reference, 1.0, lambda: None, 1)
     for name in ("loss", "mse", "l1", "error", "counts"):
@@ -274,18 +275,70 @@ def test_batches_much_larger_than_the_last_do_not_keep_batchtopk_dense():
     assert sparse[-2:] == [True] * 2
 
 
-def test_rows_of_a_dense_step_are_taken_in_parts(monkeypatch):
-    monkeypatch.setattr("sae.dense_or_sparse.part_rows", lambda d_sae, device_type: 3)  # and the last row alone
+@pytest.mark.parametrize("count", [50, 5])
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_rows_are_taken_in_parts(kernels, count, monkeypatch):
+    """A dense step's and a sparse one's, against plain autograd over all of them."""
     c, sae, adam, way = switchable()
-    found = way.backward(sae, firing(50), c, 1.0, lambda: None, 0)
+    way.dense = count == 50
+    monkeypatch.setattr("sae.dense_or_sparse.part_rows", lambda *_: 3)  # and the last row alone
+    found = way.backward(sae, firing(count), c, 1.0, lambda: None, 0)
     monkeypatch.undo()
-    _, other, judge, plain = switchable()
-    wanted = plain.backward(other, firing(50), c, 1.0, lambda: None, 0)
+    assert found.sparse == (count == 5)
+    reference, other, judge, plain = switchable(kernels=kernels)
+    wanted = plain.backward(other, firing(count), reference, 1.0, lambda: None, 0)
+    assert not wanted.sparse
     for name in ("loss", "mse", "l1", "error", "counts"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name))
-    assert found.density == wanted.density == 0.5
+    assert found.density == wanted.density == count / 100
     for (name, mine), theirs in zip(gradients(sae, adam).items(), gradients(other, judge).values(), strict=True):
         near(mine, theirs, 1e-6, name)
+        assert theirs.any()
+
+
+def test_a_part_that_is_too_dense_undoes_those_before_it(monkeypatch):
+    """The first rows fire 5 latents, the last ones 90: what the first parts left must not count twice."""
+    x = torch.cat([firing(5), firing(90)])
+    c, sae, adam, way = switchable()
+    way.dense = False
+    monkeypatch.setattr("sae.dense_or_sparse.part_rows", lambda *_: 5)
+    found = way.backward(sae, x, c, 1.0, lambda: None, 0)
+    assert not found.sparse
+    reference, other, judge, plain = switchable(kernels="reference")
+    plain.backward(other, x, reference, 1.0, lambda: None, 0)
+    for (name, mine), theirs in zip(gradients(sae, adam).items(), gradients(other, judge).values(), strict=True):
+        near(mine, theirs, 1e-6, name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["standard", "topk"])
+def test_dense_steps_without_autograds_weight_gradients_are_the_references(architecture, dtype):
+    """To 1e-6 in float32; in bfloat16 both take the same products, and sums of them differ by their rounding alone."""
+    c = config(architecture, compute_dtype=dtype, **({"k": 9} if architecture == "topk" else {}))
+    x, found = 1 + torch.randn(64, 16, generator=torch.Generator().manual_seed(3)), []  # around 1: no gradient is near zero
+    for kernels in ("auto", "reference"):
+        c = c.model_copy(update={"kernels": kernels})
+        sae = ARCHITECTURES[architecture].initialise(c, 16, torch.zeros(16))
+        adam = Adam(
+            dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for("cpu", kernels == "reference"),
+            betas=c.adam_betas, max_norm=c.max_grad_norm, unit=c.unit_norm_decoder, low=dtype == "bfloat16",
+        )  # fmt: skip
+        step = DenseOrSparse(c, adam, dense=True).backward(sae, x, c, 3.0, lambda: None, 0)
+        assert not step.sparse
+        found.append((step, gradients(sae, adam)))
+    (mine, left), (theirs, wanted) = found
+    tolerance = 1e-6 if dtype == "float32" else 1e-2
+    torch.testing.assert_close(mine.loss, theirs.loss, rtol=tolerance, atol=0)
+    for name in wanted:
+        near(left[name], wanted[name], tolerance, name)
+
+
+def test_parts_have_few_sizes_and_grow_as_less_fires():
+    """oneDNN keeps a compiled product for every number of rows: sizes that follow the density ate memory step by step."""
+    sizes = [part_rows(4608, "cpu", density / 1000) for density in range(1, 250)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert set(sizes) == {256, 512, 1024, 2048, 4096, 8192, 16384}
+    assert part_rows(4608, "cpu") == part_rows(10**6, "cpu") == part_rows(10**6, "cpu", 0.2) == 256
 
 
 # --- resuming

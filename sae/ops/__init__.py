@@ -6,9 +6,10 @@ else touches only the (row, active latent) pairs, and the result is that of the 
 
 from sae.ops.kernels import Kernels, TooDense, kernels_for
 from sae.ops.latents import Above, BatchTopK, DenseLatents, Latents, Rule, SparseLatents, TopK
-from sae.ops.training import DenseOps, Ops, Rows, SparseOps
+from sae.ops.training import DenseOps, DenseTermOps, Ops, Rows, SparseOps
 
 __all__ = [
-    "Above", "BatchTopK", "DenseLatents", "DenseOps", "Kernels", "Latents", "Ops", "Rows", "Rule", "SparseLatents", "SparseOps",
+    "Above", "BatchTopK", "DenseLatents", "DenseOps", "DenseTermOps", "Kernels", "Latents", "Ops", "Rows", "Rule",
+    "SparseLatents", "SparseOps",
     "TooDense", "TopK", "kernels_for",
 ]  # fmt: skip

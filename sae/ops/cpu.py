@@ -4,6 +4,7 @@ Each loop runs over a range of rows or latents and lets go of the GIL; a thread 
 So no sum of theirs depends on how many threads there are, and no second pool of spinning workers fights torch's own.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ from sae.ops.cpu_loops import (
 from sae.ops.kernels import AdamStep, Screen, Term, TooDense, lowered
 from sae.ops.latents import ByLatent, SparseLatents
 
+log = logging.getLogger(__name__)
+
 _CHUNK_ROWS = 1024  # pre-activations of this many rows at a time: smaller products run slower, more would leave the cache
 _CHUNK_BYTES = 64 * 2**20
 _ROW_LOAD = 2  # what a gradient row costs beside its entries, in entries
@@ -51,6 +54,29 @@ class CPUKernels:
 
     screens = _product_is_fast_in_bfloat16()
 
+    def __init__(self) -> None:
+        """Bring the compiled loops into memory, now and not in the midst of the first step.
+
+        Where this machine has not compiled them yet, which takes a minute or two, that is logged.
+        """
+        if _row_sum.signatures:
+            return
+        _over(1, _row_sum, np.zeros(2, np.int64), _NO_VECTOR, np.zeros(1, np.float32), each=1)
+        if _row_sum.stats.cache_misses:
+            log.info("compiling the sparse loops for this processor; this is done once and kept")
+        x, bias, weight = torch.ones(2, 2), torch.zeros(2), torch.ones(2, 2)
+        for screen in (None, Screen.of(weight)):
+            for matrix in (weight, weight.bfloat16()) if screen is None else (weight,):
+                f = self.above(x, matrix, bias, bias, 4, screen)
+                self.topk(x, matrix, bias, 1, screen)
+        self.decode(f, weight, bias)
+        self.sample(f, x, weight)
+        _, _, dots = self.reconstruct(f, weight, bias, x)
+        self.latent_sum(f.by_latent, dots)
+        out, one = torch.zeros(2, 2), torch.ones(1)
+        self.gradient([Term(f, dots, x)], weight, None, False, out, None, True)
+        self.adam(AdamStep(0.0, 0.9, 0.999, 1e-8, 1, one), weight, out, None, out.clone(), out.clone(), None, None, False)
+
     def above(
         self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
     ) -> SparseLatents:
@@ -58,10 +84,10 @@ class CPUKernels:
         biases, bars = bias.numpy(), threshold.numpy()
         if screen is None:
             return self._selected(x, weight, room, lambda z, first, low, high: _above(z, low, high, biases, bars))
-        arrays = _screened(x, weight, screen)
+        arrays = [*_screened(x, weight, screen), biases, bars]
 
         def select(z: Any, first: int, low: int, high: int) -> Any:
-            return _above_screened(z, first, low, high, *arrays, biases, bars)
+            return _above_screened(z, first, low, high, *arrays)
 
         return self._selected(x, screen.low, room, select)
 
@@ -73,10 +99,10 @@ class CPUKernels:
             return self._selected(
                 x, weight, len(x) * k, lambda z, first, low, high: _topk(z, lengths[first:], low, high, biases, k)
             )
-        arrays = _screened(x, weight, screen)
+        arrays = [*_screened(x, weight, screen), biases, k]
 
         def select(z: Any, first: int, low: int, high: int) -> Any:
-            return _topk_screened(z, first, low, high, *arrays, biases, k)
+            return _topk_screened(z, first, low, high, *arrays)
 
         return self._selected(x, screen.low, len(x) * k, select)
 
@@ -185,11 +211,11 @@ class CPUKernels:
         )  # fmt: skip
 
 
-def _screened(x: Tensor, weight: Tensor, screen: Screen) -> tuple[Any, ...]:
+def _screened(x: Tensor, weight: Tensor, screen: Screen) -> list[Any]:
     """Return what the bound on a screen's error is made of: x, the norms of its rows and of what rounding takes from them,
     weight, and the same of its rows."""
     rounding = (x - x.bfloat16()).norm(dim=1)
-    return tuple(t.numpy() for t in (x.contiguous(), x.norm(dim=1), rounding, weight, screen.norms, screen.rounding))
+    return [t.numpy() for t in (x.contiguous(), x.norm(dim=1), rounding, weight, screen.norms, screen.rounding)]
 
 
 # Dealing out work

@@ -49,20 +49,30 @@ def _collect(row: Any, flags: Any, words: Any, latents: Any, values: Any, end: i
 
 
 @compiled
+def _with_room(array: Any, end: int, more: int) -> Any:  # pragma: no cover - compiled
+    """Return the array, twice as long if there is no room for so many more behind `end`."""
+    if end + more <= array.size:
+        return array
+    longer = np.empty(max(2 * array.size, end + more), array.dtype)
+    longer[:end] = array[:end]
+    return longer
+
+
+@compiled
 def _above(z: Any, low: int, high: int, bias: Any, threshold: Any) -> Any:  # pragma: no cover - compiled
     d_sae = z.shape[1]
     row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
     bits, words = row.view(np.int32), flags.view(np.uint64)
     counts = np.empty(high - low, np.int64)
-    # room for everything: pages that are never written cost nothing
-    latents, values = np.empty((high - low) * d_sae, np.int32), np.empty((high - low) * d_sae, np.float32)
+    latents, values = np.empty(2 * d_sae, np.int32), np.empty(2 * d_sae, np.float32)
     end = 0
     for r in range(low, high):
         begin = end
         _flag(z[r], bias, threshold, np.float32(0), bits, row, flags)
+        latents, values = _with_room(latents, end, d_sae), _with_room(values, end, d_sae)
         end = _collect(row, flags, words, latents, values, end)
         counts[r - low] = end - begin
-    return counts, latents[:end].copy(), values[:end].copy()
+    return counts, latents[:end], values[:end]
 
 
 @compiled
@@ -115,7 +125,7 @@ def _topk(z: Any, norms: Any, low: int, high: int, bias: Any, k: int) -> Any:  #
         end, least = _largest(candidates, strengths, count, k, latents, values, end)
         ratio = _followed(ratio, least, norms[r])
         counts[r - low] = end - begin
-    return counts, latents[:end].copy(), values[:end].copy()
+    return counts, latents[:end], values[:end]
 
 
 @compiled
@@ -161,7 +171,7 @@ def _above_screened(
     bits, words = row.view(np.int32), flags.view(np.uint64)
     candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
     counts = np.empty(high - low, np.int64)
-    latents, values = np.empty((high - low) * d_sae, np.int32), np.empty((high - low) * d_sae, np.float32)
+    latents, values = np.empty(2 * d_sae, np.int32), np.empty(2 * d_sae, np.float32)
     end = 0
     for r in range(low, high):
         of_norm = x_rounding[first + r] + np.float32(_SUM * x.shape[1]) * x_norms[first + r]
@@ -170,12 +180,13 @@ def _above_screened(
         count = _collect(row, flags, words, candidates, strengths, 0)
         _exact(x[first + r], weight, bias, candidates, strengths, count)
         begin = end
+        latents, values = _with_room(latents, end, count), _with_room(values, end, count)
         for p in range(count):
             if strengths[p] > threshold[candidates[p]]:
                 latents[end], values[end] = candidates[p], strengths[p]
                 end += 1
         counts[r - low] = end - begin
-    return counts, latents[:end].copy(), values[:end].copy()
+    return counts, latents[:end], values[:end]
 
 
 @compiled
@@ -248,7 +259,7 @@ def _topk_screened(
         begin = end
         end, _ = _largest(candidates, strengths, reached, k, latents, values, end)
         counts[r - low] = end - begin
-    return counts, latents[:end].copy(), values[:end].copy()
+    return counts, latents[:end], values[:end]
 
 
 # Over rows

@@ -175,10 +175,11 @@ class TritonKernels:
         low: Tensor | None, norms: Tensor | None, unit: bool,
         rounding: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """See Kernels; rows of norm 0 stay. Where no norm is asked for, rows may have any length. No screens here, so no rounding."""
+        """See Kernels; rows of norm 0 stay. Where no norm is asked for, rows may have any length."""
         rows, d = weight.shape
         whole = unit or norms is not None
-        if rounding is not None or (whole and d > MAX_D) or not all(t.is_contiguous() for t in (weight, m, v, low, norms) if t is not None):
+        known = all(t.is_contiguous() for t in (weight, m, v, low, norms) if t is not None)
+        if rounding is not None or (whole and d > MAX_D) or not known:  # there are no screens here
             return self._reference(d).adam(step, weight, gradient, slots, m, v, low, norms, unit, rounding)
         block = _power(d) if whole else min(BLOCK, _power(d))
         rate, second_scale = step.lr / (1 - step.beta1**step.step), 1 / (1 - step.beta2**step.step)

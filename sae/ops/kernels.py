@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sae.ops.latents import ByLatent, SparseLatents
+from sae.ops.latents import ByLatent, DenseLatents, SparseLatents
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +24,31 @@ class TooDense(Exception):
 
 @dataclass(frozen=True)
 class Term:
-    """A part of a matrix's gradient: row i is the sum over latent i's entries e of coefficients[e] * dense[row of e]."""
+    """A part of a matrix's gradient: row i is the sum over latent i's entries e of coefficients[e] * dense[row of e].
+
+    coefficients (entry,) float32, in the rows' order; dense (batch, d) float32.
+    """
 
     latents: SparseLatents
-    coefficients: Tensor  # (entry,) float32, in the rows' order
-    dense: Tensor  # (batch, d) float32
+    coefficients: Tensor
+    dense: Tensor
+
+
+@dataclass(frozen=True)
+class DenseTerm:
+    """The same where every latent may have an entry in every row: coefficients^T dense, coefficients (batch, d_sae)."""
+
+    latents: DenseLatents
+    coefficients: Tensor
+    dense: Tensor
+
+    def add_to(self, out: Tensor, fresh: bool) -> None:
+        """Add it to `out` (d_sae, d), or put it there if that is `fresh`."""
+        if not self.latents.low:
+            torch.addmm(out, self.coefficients.T, self.dense, beta=0 if fresh else 1, out=out)
+            return
+        product = self.latents.product(self.coefficients.T, self.dense)
+        (out.copy_ if fresh else out.add_)(product)
 
 
 @dataclass(frozen=True)

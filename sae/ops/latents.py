@@ -82,6 +82,18 @@ class Latents:
         """Return sum_i f_i vector_i of each row, (batch,); the vector is (d_sae,)."""
         return self.row_sum(self.values * self.of_latent(vector))
 
+    def latent_sum(self, values: Tensor) -> Tensor:
+        """Sum what has the shape of `values` over each latent, (d_sae,)."""
+        raise NotImplementedError
+
+    def decode(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return f weight + bias, (batch, d); without gradient, as `sample`."""
+        raise NotImplementedError
+
+    def sample(self, g: Tensor, weight: Tensor) -> Tensor:
+        """Return g weight^T, g (batch, d), at the entries, in the shape of `values`: the gradient of a decode."""
+        raise NotImplementedError
+
     def latent_counts(self) -> Tensor:
         """Return in how many rows each latent is above zero, (d_sae,) int64."""
         raise NotImplementedError
@@ -93,9 +105,10 @@ class Latents:
 
 @dataclass(frozen=True)
 class DenseLatents(Latents):
-    """The plain matrix."""
+    """The plain matrix. With `low`, products with it are taken in bfloat16."""
 
     values: Tensor
+    low: bool = False
 
     @property
     def d_sae(self) -> int:
@@ -104,7 +117,11 @@ class DenseLatents(Latents):
 
     def with_values(self, values: Tensor) -> "DenseLatents":
         """See Latents."""
-        return DenseLatents(values)
+        return replace(self, values=values)
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return a b in float32."""
+        return (a.bfloat16() @ b.bfloat16()).float() if self.low else a @ b
 
     def of_latent(self, vector: Tensor) -> Tensor:
         """See Latents."""
@@ -121,6 +138,18 @@ class DenseLatents(Latents):
     def dot(self, vector: Tensor) -> Tensor:
         """One matrix-vector product, where values * vector would be another (batch, d_sae)."""
         return self.values @ vector
+
+    def latent_sum(self, values: Tensor) -> Tensor:
+        """See Latents."""
+        return values.sum(0)
+
+    def decode(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """See Latents."""
+        return self.product(self.values.detach(), weight) + bias
+
+    def sample(self, g: Tensor, weight: Tensor) -> Tensor:
+        """See Latents."""
+        return self.product(g, weight.T)
 
     def latent_counts(self) -> Tensor:
         """See Latents."""
@@ -168,11 +197,11 @@ class SparseLatents(Latents):
 
     @property
     def rows(self) -> Tensor:
-        """The row of each entry, (entry) int64; behind the last one it is the last row."""
+        """The row of each entry, (entry) int32; behind the last one it is the last row."""
 
         def find() -> Tensor:
             entries = torch.arange(len(self.latents), device=self.starts.device)
-            return torch.searchsorted(self.starts[1:], entries, right=True).clamp_(max=max(len(self) - 1, 0))
+            return torch.searchsorted(self.starts[1:], entries, right=True, out_int32=True).clamp_(max=max(len(self) - 1, 0))
 
         rows: Tensor = self._once("rows", find)
         return rows
@@ -197,9 +226,26 @@ class SparseLatents(Latents):
         result: Tensor = _RowSum.apply(values, self)  # type: ignore[no-untyped-call]
         return result
 
+    def dot(self, vector: Tensor) -> Tensor:
+        """See Latents; only the result is kept for the backward pass, nothing as long as the entries."""
+        result: Tensor = _Dot.apply(self.values, vector, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def latent_sum(self, values: Tensor) -> Tensor:
+        """See Latents."""
+        return self.kernels.latent_sum(self.by_latent, values)
+
+    def decode(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """See Latents."""
+        return self.kernels.decode(self, weight, bias)
+
+    def sample(self, g: Tensor, weight: Tensor) -> Tensor:
+        """See Latents."""
+        return self.kernels.sample(self, g, weight)
+
     def latent_counts(self) -> Tensor:
         """See Latents."""
-        return self.kernels.latent_sum(self.by_latent, (self.values > 0).float()).long()
+        return self.latent_sum((self.values > 0).float()).long()
 
     def dense(self) -> Tensor:
         """See Latents."""
@@ -207,12 +253,12 @@ class SparseLatents(Latents):
         out = self.values.new_zeros(len(self), self.d_sae)
         if out.numel() == 0:
             return out
-        return out.index_put((self.rows, self.index), torch.where(filled, self.values, 0), accumulate=True)
+        return out.index_put((self.rows.long(), self.index), torch.where(filled, self.values, 0), accumulate=True)
 
     def at(self, rows: Tensor, latents: Tensor) -> Tensor:
         """Return f[rows, latents], which broadcast against each other; 0 where a latent does not fire."""
         entries = torch.arange(len(self.latents), device=self.starts.device)
-        codes = torch.where(entries < self.starts[-1], self.rows * self.d_sae + self.index, len(self) * self.d_sae)
+        codes = torch.where(entries < self.starts[-1], self.rows.long() * self.d_sae + self.index, len(self) * self.d_sae)
         wanted = rows * self.d_sae + latents
         place = torch.searchsorted(codes, wanted.contiguous())
         there = place.clamp(max=max(len(codes) - 1, 0))
@@ -250,10 +296,30 @@ class _RowSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        spread = gradient[ctx.f.rows]
-        if spread.is_cuda:  # what stands behind the last entry belongs to no row
-            spread = torch.where(torch.arange(len(spread), device=spread.device) < ctx.f.starts[-1], spread, 0)
-        return spread, None
+        return _spread(gradient, ctx.f), None
+
+
+class _Dot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, vector: Tensor, f: SparseLatents) -> Tensor:
+        ctx.save_for_backward(values, vector)
+        ctx.f = f
+        return f.kernels.row_sum(f, vector[f.latents].mul_(values))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        values, vector = ctx.saved_tensors
+        f, spread = ctx.f, _spread(gradient, ctx.f)
+        of_vector = f.latent_sum(spread * values) if ctx.needs_input_grad[1] else None
+        return spread.mul_(vector[f.latents]) if ctx.needs_input_grad[0] else None, of_vector, None
+
+
+def _spread(gradient: Tensor, f: SparseLatents) -> Tensor:
+    """Return each entry's row's gradient, (entry,)."""
+    spread = gradient[f.rows]
+    if spread.is_cuda:  # what stands behind the last entry belongs to no row
+        spread = torch.where(torch.arange(len(spread), device=spread.device) < f.starts[-1], spread, 0)
+    return spread
 
 
 class _Take(torch.autograd.Function):
@@ -262,8 +328,8 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, f: SparseLatents) -> Tensor:
         ctx.f = f
-        return vector[f.index]
+        return vector[f.latents]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.f.kernels.latent_sum(ctx.f.by_latent, gradient.contiguous()), None
+        return ctx.f.latent_sum(gradient.contiguous()), None

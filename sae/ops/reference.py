@@ -77,9 +77,8 @@ class ReferenceKernels:
         if tangent:
             full.sub_((full * weight).sum(1, keepdim=True) * weight)
         out[places] = full[which]
-        return full[which].square().sum(1) if slots is None else weight.new_zeros(len(weight)).index_put_(
-            (which,), full[which].square().sum(1)
-        )
+        squares = full[which].square().sum(1)
+        return squares if slots is None else weight.new_zeros(len(weight)).index_put_((which,), squares)
 
     def adam(
         self, step: AdamStep, weight: Tensor, gradient: Tensor, slots: Tensor | None, m: Tensor, v: Tensor,

@@ -1,6 +1,6 @@
-"""What losses are written with: `Ops`, once as plain dense autograd, once sparse.
+"""What losses are written with: `Ops`, as plain autograd, and for training dense or sparse.
 
-The sparse form computes no weight gradient during backward. It leaves terms on `Rows`, and the optimiser evaluates them in
+Those for training compute no weight gradient during backward. They leave terms on `Rows`, and the optimiser evaluates them in
 its own pass over the weights: so several losses on one matrix cost no additional pass, and latents that did not fire no memory.
 """
 
@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sae.ops.kernels import Kernels, Screen, Term, TooDense
+from sae.ops.kernels import DenseTerm, Kernels, Screen, Term, TooDense
 from sae.ops.latents import Above, BatchTopK, DenseLatents, Latents, Rule, SparseLatents, TopK
+
+AnyLatents = DenseLatents | SparseLatents
 
 _SAMPLE = 256  # rows whose top k tell where a batch's cut will lie
 _SLACK = 0.8  # candidates for the next batch's cut lie above this share of the last
@@ -70,7 +72,7 @@ class HostCount:
 
 
 class DenseOps:
-    """Plain autograd over (batch, d_sae) matrices: the reference of everything, and the faster way while much fires.
+    """Plain autograd over (batch, d_sae) matrices: the reference of everything.
 
     With compute_dtype bfloat16 all products are taken in it (autocast); sums and losses are float32.
     """
@@ -155,9 +157,14 @@ class Rows:
     low: Tensor | None = None
     norms: Tensor | None = None
     screen: Screen | None = None
-    terms: list[Term] = field(default_factory=list)
+    terms: list[Term | DenseTerm] = field(default_factory=list)
     along: Tensor | None = None
     subsets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def add_term(self, f: AnyLatents, coefficients: Tensor, dense: Tensor) -> None:
+        """Add to the gradient what these entries make of `dense` (batch, d)."""
+        term = DenseTerm(f, coefficients, dense) if isinstance(f, DenseLatents) else Term(f, coefficients, dense)
+        self.terms.append(term)
 
     def clear(self) -> None:
         """Forget the gradient."""
@@ -234,7 +241,6 @@ class SparseOps:
 
     def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
         """See Ops."""
-        assert isinstance(f, SparseLatents)
         residual, error = _Reconstruct.apply(f.values, W_dec, b_dec, x, f, self._rows[W_dec])  # type: ignore[no-untyped-call]
         return Reconstruction(residual, error)
 
@@ -270,13 +276,35 @@ class SparseOps:
         return total
 
 
+class DenseTermOps(SparseOps):
+    """The same over (batch, d_sae) matrices, the faster way while much fires: DenseOps that leaves weight gradients as terms."""
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule, b_dec: Tensor | None = None) -> Latents:
+        """See Ops."""
+        rows = self._rows[W_enc]
+        with torch.no_grad():
+            centred, bias = x if b_dec is None else x - b_dec, b_enc.detach()
+            if rows.low is None:
+                z = torch.addmm(bias, centred, rows.weight.T)
+            else:
+                z = (centred.bfloat16() @ rows.low.T).float().add_(bias)
+            f = DenseLatents(select(z, rule), low=rows.low is not None)
+            self._counts.append((HostCount(torch.count_nonzero(f.values)), 0, f.values.numel()))
+        return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
+
+    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
+        """See Ops."""
+        residual = self.decode(f, W_dec, b_dec) - x
+        return Reconstruction(residual.detach(), residual.square().sum(-1))
+
+
 # The derivatives. Matrices go in so that autograd knows there is something to find, and get None: see `Rows`.
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, x: Tensor, f: SparseLatents, centred: Tensor, rows: Rows
+        ctx: Any, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, x: Tensor, f: AnyLatents, centred: Tensor, rows: Rows
     ) -> Tensor:
         ctx.f, ctx.centred, ctx.rows = f, centred, rows
         return f.values.detach()
@@ -284,14 +312,12 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         f, rows = ctx.f, ctx.rows
-        gradient = gradient.contiguous()
-        rows.terms.append(Term(f, gradient, ctx.centred))
-        of_bias = f.kernels.latent_sum(f.by_latent, gradient)
+        gradient = torch.where(f.values != 0, gradient, 0) if isinstance(f, DenseLatents) else gradient.contiguous()
+        rows.add_term(f, gradient, ctx.centred)
+        of_bias = f.latent_sum(gradient)
         # every row has the same b_dec: its gradient is W_enc times the column sums, not a (batch, d_in) matrix
         of_centre = -(of_bias @ rows.weight) if ctx.needs_input_grad[2] else None
-        of_x = None
-        if ctx.needs_input_grad[3]:
-            of_x = f.kernels.decode(f.with_values(gradient), rows.weight, torch.zeros_like(rows.weight[0]))
+        of_x = f.with_values(gradient).decode(rows.weight, torch.zeros_like(rows.weight[0])) if ctx.needs_input_grad[3] else None
         return None, of_bias, of_centre, of_x, None, None, None
 
 
@@ -309,24 +335,23 @@ class _Reconstruct(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, gradient: Tensor) -> Any:
         f = ctx.f
         weights = f.of_row(2 * gradient)
-        ctx.rows.terms.append(Term(f, weights * f.values.detach(), ctx.residual))
+        ctx.rows.add_term(f, weights * f.values.detach(), ctx.residual)
         of_x = -2 * gradient[:, None] * ctx.residual if ctx.needs_input_grad[3] else None
         return weights * ctx.dots, None, 2 * gradient @ ctx.residual, of_x, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, f: SparseLatents, rows: Rows) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, f: AnyLatents, rows: Rows) -> Tensor:
         ctx.f, ctx.rows = f, rows
-        decoded: Tensor = f.kernels.decode(f, rows.weight, b_dec.detach())
-        return decoded
+        return f.decode(rows.weight, b_dec.detach())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         f, rows = ctx.f, ctx.rows
         gradient = gradient.contiguous()
-        rows.terms.append(Term(f, f.values.detach(), gradient))
-        return f.kernels.sample(f, gradient, rows.weight), None, gradient.sum(0), None, None
+        rows.add_term(f, f.values.detach(), gradient)
+        return f.sample(gradient, rows.weight), None, gradient.sum(0), None, None
 
 
 class _Norms(torch.autograd.Function):
