@@ -497,7 +497,8 @@ def test_adam_equals_the_reference(d, d_sae, seed, with_low, with_norms, unit, w
         near(norms, w.norm(dim=1) if with_norms else torch.zeros_like(norms), 1e-6)
         states.append((w, m, v))
     for found, wanted in zip(states[1], states[0], strict=True):
-        assert (found - wanted).abs().max() < 2e-6  # of numbers about 1, which may cancel
+        # numbers of about 1 may cancel; where a second moment happens to be near 0, a weight takes a step of hundreds
+        assert ((found - wanted).abs() <= 2e-6 * wanted.abs().clamp(min=1)).all()
     if unit:
         near(states[1][0].norm(dim=1), torch.ones(d_sae), 1e-6)
 

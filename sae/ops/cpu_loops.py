@@ -15,7 +15,7 @@ compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"
 # u = 2^-24, twice, in both products and in norms; rounding the result 2^-8 |z|; each a little more here.
 _LONGER, _SUM, _ROUNDED = 1.004, 2.4e-7, 0.00395
 _FIRST = 0.93  # of the k-th largest that a row's norm suggests: the first bar to try
-_SURELY = 0.96  # of what the k largest surely reach, as a row's norm suggests it: likewise
+_SURELY = 0.96  # likewise, where that is to leave room for the rounding of a screen
 
 
 # Selection
@@ -154,11 +154,11 @@ def _flag_screened(
 
 
 @compiled
-def _exact(x: Any, weight: Any, bias: Any, candidates: Any, strengths: Any, count: int) -> None:  # pragma: no cover - compiled
-    """Put the float32 pre-activations of the candidates into `strengths`."""
-    _dots(0, count, candidates, weight, x, strengths)
-    for p in range(count):
-        strengths[p] += bias[candidates[p]]
+def _dot(a: Any, b: Any) -> Any:  # pragma: no cover - compiled
+    total = np.float32(0)
+    for j in range(a.size):
+        total += a[j] * b[j]
+    return total
 
 
 @compiled
@@ -178,12 +178,13 @@ def _above_screened(
         of_rounding = np.float32(_LONGER) * x_norms[first + r]
         _flag_screened(z[r], bias, threshold, of_norm, of_rounding, norms, rounding, bits, row, flags)
         count = _collect(row, flags, words, candidates, strengths, 0)
-        _exact(x[first + r], weight, bias, candidates, strengths, count)
         begin = end
         latents, values = _with_room(latents, end, count), _with_room(values, end, count)
         for p in range(count):
-            if strengths[p] > threshold[candidates[p]]:
-                latents[end], values[end] = candidates[p], strengths[p]
+            j = candidates[p]
+            value = _dot(x[first + r], weight[j]) + bias[j]
+            if value > threshold[j]:
+                latents[end], values[end] = j, value
                 end += 1
         counts[r - low] = end - begin
     return counts, latents[:end], values[:end]
@@ -211,7 +212,8 @@ def _topk_screened(
     z: Any, first: int, low: int, high: int, x: Any, x_norms: Any, x_rounding: Any, weight: Any, norms: Any, rounding: Any,
     bias: Any, k: int,
 ) -> Any:  # pragma: no cover - compiled  # fmt: skip
-    """k latents that surely reach some value make it a bound: who may not reach it is not among the k largest.
+    """The float32 pre-activations of the k that the screen finds largest bound the k-th largest: who cannot reach the bound
+    is not among them.
 
     Where the bound will lie the rows before tell, as in `_topk`. So one pass over a row mostly finds all who may reach it;
     where the bound turns out lower than thought, a second one does, lower still if there were fewer than k.
@@ -220,13 +222,13 @@ def _topk_screened(
     row, flags = np.empty(d_sae, np.float32), np.zeros(d_sae + 7 & ~7, np.uint8)
     bits, words = row.view(np.int32), flags.view(np.uint64)
     candidates, strengths = np.empty(d_sae, np.int32), np.empty(d_sae, np.float32)
-    margins, least = np.empty(d_sae, np.float32), np.empty(d_sae, np.float32)
+    exact = np.empty(d_sae, np.float32)
     counts, zeros = np.empty(high - low, np.int64), np.zeros(d_sae, np.float32)
     latents, values = np.empty((high - low) * k, np.int32), np.empty((high - low) * k, np.float32)
     largest = _largest_of(norms), _largest_of(rounding), _largest_of(np.abs(bias))
     end, ratio = 0, np.float32(0)
     for r in range(low, high):
-        norm = x_norms[first + r]
+        mine, norm = x[first + r], x_norms[first + r]
         of_norm, of_rounding = x_rounding[first + r] + np.float32(_SUM * x.shape[1]) * norm, np.float32(_LONGER) * norm
         slack = of_norm * largest[0] + of_rounding * largest[1] + np.float32(_ROUNDED) * largest[2]
         slack *= np.float32(1.0001)
@@ -234,16 +236,14 @@ def _topk_screened(
         while True:
             _flag(z[r], bias, zeros, bar, bits, row, flags)
             count = _collect(row, flags, words, candidates, strengths, 0)
-            for p in range(count):
-                j = candidates[p]
-                margins[p] = (
-                    of_norm * norms[j] + of_rounding * rounding[j] + np.float32(_ROUNDED) * (abs(strengths[p]) + abs(bias[j]))
-                )
-                surely = strengths[p] - margins[p]
-                least[p] = surely if surely > np.float32(-1e38) else np.float32(-1e38)  # also where it is not a number
-            bound = np.float32(0)
+            bound, edge = np.float32(0), np.float32(np.inf)
             if count >= k:
-                bound = max(bound, np.partition(least[:count], count - k)[count - k])
+                edge, bound = np.partition(strengths[:count], count - k)[count - k], np.float32(np.inf)
+                for p in range(count):
+                    if strengths[p] >= edge:
+                        exact[p] = _dot(mine, weight[candidates[p]]) + bias[candidates[p]]
+                        if not exact[p] >= bound:  # lower, or not a number
+                            bound = exact[p] if exact[p] > 0 else np.float32(0)
             # a hair below the bound, for what it takes to be among the k largest is to reach it, not to pass it
             bound *= np.float32(0.99999)
             if not bar > _lowered(bound, slack):  # or not a number, as with a NaN in x: then nothing is found
@@ -252,10 +252,16 @@ def _topk_screened(
         ratio = _followed(ratio, bound, norm)
         reached = 0
         for p in range(count):
-            if not (strengths[p] + margins[p] <= bound):
-                candidates[reached] = candidates[p]
-                reached += 1
-        _exact(x[first + r], weight, bias, candidates, strengths, reached)
+            j, value = candidates[p], strengths[p]
+            if value >= edge:
+                value = exact[p]
+            else:
+                margin = of_norm * norms[j] + of_rounding * rounding[j] + np.float32(_ROUNDED) * (abs(value) + abs(bias[j]))
+                if value + margin <= bound:
+                    continue
+                value = _dot(mine, weight[j]) + bias[j]
+            candidates[reached], strengths[reached] = j, value
+            reached += 1
         begin = end
         end, _ = _largest(candidates, strengths, reached, k, latents, values, end)
         counts[r - low] = end - begin
@@ -295,11 +301,7 @@ def _decode(
 @compiled
 def _dots(begin: int, end: int, latents: Any, weight: Any, g: Any, dots: Any) -> None:  # pragma: no cover - compiled
     for p in range(begin, end):
-        w = weight[latents[p]]
-        total = np.float32(0)
-        for j in range(g.size):
-            total += g[j] * w[j]
-        dots[p] = total
+        dots[p] = _dot(g, weight[latents[p]])
 
 
 @compiled
