@@ -30,8 +30,11 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PEERS = {"standard": ("saelens", "dictionary_learning"), "topk": ("saelens", "sparsify", "dictionary_learning"),
+PEERS = {"standard": ("saelens", "dictionary_learning"),
+         "topk": ("saelens", "saelens defaults", "sparsify", "dictionary_learning"),
          "batchtopk": ("saelens", "dictionary_learning")}  # fmt: skip
+# What a peer has unless it is told otherwise; without this it runs with what was found to be fastest.
+DEFAULTS = {"saelens defaults": {"use_sparse_activations": False, "rescale_acts_by_decoder_norm": True}}
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ SHAPES = {
     "cpu": Shape(576, 4608, 2048, 6.0, 320, {"topk": 32, "batchtopk": 32}),
     "cuda": Shape(2304, 65536, 8192, 2.5, 600, {"topk": 64, "batchtopk": 64}),
 }
-CASES = [(a, dtype) for a in ("standard", "topk", "batchtopk") for dtype in ("float32", "bfloat16")]
+CASES = {device: [(a, dtype) for a in ("standard", "topk", "batchtopk") for dtype in dtypes]
+         for device, dtypes in (("cpu", ("float32", "bfloat16")), ("cuda", ("float32", "bfloat16", "float8")))}
 
 
 def planted(rows: int, d_in: int, device: str, seed: int = 0) -> torch.Tensor:
@@ -116,9 +120,10 @@ def summary(result: dict[str, Any], shape: Shape, counted: int, peaks: dict[str,
     seconds = statistics.median(result["seconds"][-counted:])
     rate = shape.batch / seconds
     memory = (result["peak_gpu"] or result["peak_rss"] - result["rss_after_imports"]) - result["activations_bytes"]
+    share = rate * 12 * shape.d_in * shape.d_sae / peaks["bfloat16" if dtype == "float8" else dtype]
     return {
         "milliseconds": round(1e3 * seconds, 2), "tokens_per_second": round(rate),
-        "dense_share_of_peak": round(rate * 12 * shape.d_in * shape.d_sae / peaks[dtype], 3), "l0": round(result["l0"][-1], 1),
+        "dense_share_of_peak": round(share, 3), "l0": round(result["l0"][-1], 1),
         "memory_mib": round(memory / 2**20), "peak_rss_mib": round(result["peak_rss"] / 2**20),
         "settings": result["settings"], "versions": result["versions"],
     }  # fmt: skip
@@ -139,7 +144,7 @@ def compare(device: str, rounds: int, only: list[str], peer_python: str | None, 
     save_file({"x": planted(8 * shape.batch, shape.d_in, device).cpu()}, activations)
     common = {"d_in": shape.d_in, "d_sae": shape.d_sae, "batch_size": shape.batch, "lr": 1e-3, "seed": 0, "device": device,
               "threads": torch.get_num_threads(), "activations": str(activations)}  # fmt: skip
-    for architecture, dtype in CASES:
+    for architecture, dtype in CASES[device]:
         name = f"{architecture} {dtype}"
         if only and name not in only and architecture not in only:
             continue
@@ -149,16 +154,18 @@ def compare(device: str, rounds: int, only: list[str], peer_python: str | None, 
         for _ in range(rounds):
             peaks = {d: max(peaks.get(d, 0.0), peak(shape, getattr(torch, d), device)) for d in ("float32", "bfloat16")}
             for peer in ("monosem", *PEERS[architecture]):
-                interpreter = python_of(peer, peer_python)
+                interpreter = python_of(peer.split()[0], peer_python)
                 if interpreter is None:
                     runners.setdefault(peer, []).append({"failed": ["not set up: python scripts/set_up_peers.py"]})
                     continue
                 settle = shape.settle if peer == "monosem" and architecture == "standard" else 6
                 counted = 30 if peer == "monosem" else 10
-                # a peer without bfloat16 on this device is measured as it is
-                for precision in dict.fromkeys((dtype, "float32")):
-                    job = {**common, **own, "architecture": architecture, "dtype": precision, "steps": settle + counted}
-                    result = run(peer, job, folder, interpreter)
+                # a peer without float8, or without bfloat16 on this device, is measured as it is
+                lower = "bfloat16" if dtype == "float8" and peer != "monosem" else dtype
+                for precision in dict.fromkeys((lower, "float32")):
+                    job = {**common, **own, "architecture": architecture, "dtype": precision, "steps": settle + counted,
+                           "options": DEFAULTS.get(peer, {})}  # fmt: skip
+                    result = run(peer.split()[0], job, folder, interpreter)
                     if "failed" not in result:
                         break
                 runners.setdefault(peer, []).append({**summary(result, shape, counted, peaks, precision), "dtype": precision})
@@ -172,7 +179,7 @@ def compare(device: str, rounds: int, only: list[str], peer_python: str | None, 
                       "matmul_peak_flops": peaks, "results": results})  # fmt: skip
         print(f"{name}: {ours.get('tokens_per_second')} tok/s, L0 {ours.get('l0')}; speed {ratios}, memory {memory}", flush=True)
     return {
-        "what": "tokens a second of a training step, ours and the peers' own trainers; memory above imports and activations",
+        "what": "tokens a second of a training step, ours and the peers' own trainers; memory above code and activations",
         "shape": {"d_in": shape.d_in, "d_sae": shape.d_sae, "batch": shape.batch}, "rounds": rounds, "cases": cases,
     }  # fmt: skip
 
@@ -253,7 +260,7 @@ def crossing(shape: Shape, device: str) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"dtype": dtype, "density": density}
         for name, dense in (("dense", True), ("sparse", False)):
             adam = Adam(dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for(device), betas=(0.9, 0.999),
-                        max_norm=1.0, unit=False, low=dtype == "bfloat16")  # fmt: skip
+                        max_norm=1.0, unit=False, compute_dtype=dtype)  # fmt: skip
             seconds = []
             for step in range(7):
                 way = DenseOrSparse(config, adam, dense)

@@ -67,7 +67,8 @@ def make_plan(config: RunConfig) -> Plan:
     if config.train.d_in not in (None, d_in):
         raise InputError(f"train.d_in: {config.train.d_in} given, but {config.hook} of {config.model.id} is {d_in} wide")
     device = pick_device(config.model.device)
-    dtypes: set[str] = {config.model.dtype, config.train.compute_dtype, "float32"}
+    product = "bfloat16" if config.train.compute_dtype == "float8" else config.train.compute_dtype  # reckoned with caution
+    dtypes: set[str] = {config.model.dtype, product, "float32"}
     rates = {dtype: matmul_rate(dtype, device) for dtype in dtypes}
     context, d_sae = config.data.context, config.train.d_sae
     sequences = max(config.data.tokens // context, 2)
@@ -100,7 +101,7 @@ def make_plan(config: RunConfig) -> Plan:
               model_bytes + int(2 * config.harvest.shard_mb * 1e6 * len(widths)), to_hook * stored, config.model.dtype),
         stage("train", train_tokens, sae_parameters * 4 * (1 + 2 * 3) + budget,
               sum(training.values()) + int(config.train.shuffle_mb * (1 << 20)) + rows // 8,
-              step_flops * train_tokens + streamed, config.train.compute_dtype),
+              step_flops * train_tokens + streamed, product),
         stage("evaluate", held_out * context + ce_tokens, 1 << 16, model_bytes + sae_parameters * 4,
               whole * ce_tokens + 2 * encode * held_out * context, config.model.dtype),
         stage("explain", stored, d_sae * (68 * 8), sae_parameters * 4 + 4096 * d_sae * 8 + d_sae * examples * 2 * 16,

@@ -1,10 +1,15 @@
 """Adam over matrices by latent: gradient, clipping, step, norms and bfloat16 copy, each weight read and written once."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
 from sae.ops import DenseTermOps, Kernels, Rows, SparseOps
+from sae.ops.float8 import MULTIPLE, Float8
 from sae.ops.kernels import AdamStep, DenseTerm, Screen, Term
+
+log = logging.getLogger(__name__)
 
 _EPS = 1e-8
 
@@ -14,16 +19,16 @@ class Adam:
 
     encoders and decoders: parameters by name with their view by latent, (d_sae, d) contiguous. All other parameters are
     vectors. A parameter's gradient is its `.grad`, or what sparse operations left on its `Rows`. With `unit`, decoder rows
-    keep norm 1: the gradient's part along them is dropped, and they are brought back after the step. With `low`, encoders
-    have a bfloat16 copy in which their product is taken.
+    keep norm 1: the gradient's part along them is dropped, and they are brought back after the step. Below float32,
+    encoders have a copy in `compute_dtype`, in which their product is taken.
     """
 
     def __init__(
         self, parameters: dict[str, nn.Parameter], encoders: dict[str, Tensor], decoders: dict[str, Tensor], kernels: Kernels,
-        *, betas: tuple[float, float], max_norm: float, unit: bool, low: bool,
+        *, betas: tuple[float, float], max_norm: float, unit: bool, compute_dtype: str,
     ) -> None:  # fmt: skip
         """Start with moments of zero; copies and norms are taken from the weights as they are."""
-        self.kernels, self.betas, self.max_norm, self.unit, self.low = kernels, betas, max_norm, unit, low
+        self.kernels, self.betas, self.max_norm, self.unit, self.compute_dtype = kernels, betas, max_norm, unit, compute_dtype
         self.parameters, self.steps = parameters, 0
         self.encoders, self.decoders = list(encoders), list(decoders)
         self.rows = {name: Rows(view.detach()) for name, view in {**encoders, **decoders}.items()}
@@ -39,12 +44,17 @@ class Adam:
         """Take copies and norms anew, after the weights were changed from outside."""
         for name in self.decoders:
             self.rows[name].norms = self.rows[name].weight.norm(dim=1)
-        for name in self.encoders if self.low or self.kernels.screens else ():
-            rows = self.rows[name]
-            if self.low:
-                rows.low = rows.weight.bfloat16()
-            else:
+        for rows in (self.rows[name] for name in self.encoders):
+            if self.compute_dtype != "float32":
+                rows.low = Float8(rows.weight) if self._float8(rows.weight) else rows.weight.bfloat16()
+            elif self.kernels.screens:
                 rows.screen = Screen.of(rows.weight)
+
+    def _float8(self, weight: Tensor) -> bool:
+        if self.compute_dtype == "float8" and any(size % MULTIPLE for size in weight.shape):
+            log.warning("an encoder of %s is no multiple of %d: its product is taken in bfloat16", tuple(weight.shape), MULTIPLE)
+            return False
+        return self.compute_dtype == "float8"
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -86,10 +96,13 @@ class Adam:
         for name, weight in self.weights.items():
             rows = self.rows.get(name)
             low, norms, rounding = (None, None, None) if rows is None else (rows.low, rows.norms, None)
+            copy, low = (low, None) if isinstance(low, Float8) else (None, low)
             if rows is not None and rows.screen is not None:
                 low, norms, rounding = rows.screen.low, rows.screen.norms, rows.screen.rounding
             unit = self.unit and name in self.decoders
             self.kernels.adam(step, weight, *gradients[name], self.m[name], self.v[name], low, norms, unit, rounding)
+            if copy is not None:
+                copy.write(weight)
         self.clear()
 
     def _gradient(self, name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -15,8 +15,9 @@ class TrainConfig(Section):
     "unit_norm" is l1_coefficient * sum_i f_i with decoder rows held at norm 1 (Bricken et al. 2023).
     "topk" and "batchtopk" fire `k` latents a token instead (Gao et al. 2024, Bussmann et al. 2024), with decoder rows of norm 1;
     dead latents get the auxiliary loss `auxk_coefficient` * AuxK over `auxk_k` of them (default: half of d_in).
-    `compute_dtype` is that of the dense products; weights, moments, losses and everything sparse are float32. `kernels`
-    "reference" computes every step by plain dense PyTorch. `threshold_lr` is the weight of a batch in BatchTopK's threshold.
+    `compute_dtype` is that of the dense products; weights, moments, losses and everything sparse are float32. With
+    float8, for Hopper GPUs, it selects who fires, and other dense products are bfloat16. `kernels` "reference" computes every
+    step by plain dense PyTorch. `threshold_lr` is the weight of a batch in BatchTopK's threshold.
     `hook` names the hook of the store to train on (default: its first); `d_in` and `model`-side facts come from there.
     `shuffle_mb` is the memory that rows are mixed in (part of what fixes their order); `max_norm_multiple` leaves out rows
     whose norm is above that multiple of the median norm, such as attention sinks.
@@ -48,7 +49,7 @@ class TrainConfig(Section):
     auxk_k: int | None = Field(default=None, ge=1)
     threshold_lr: float = Field(default=0.01, gt=0, le=1)
     seed: int = 0
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float8"] = "float32"
     kernels: Literal["auto", "reference"] = "auto"
     device: str = "auto"
     log_every: int = Field(default=50, ge=1)
@@ -64,6 +65,8 @@ class TrainConfig(Section):
             raise ValueError(f"train.k: missing; {self.architecture} fires k latents a token, so give k, such as k: 32")
         elif self.k > self.d_sae:
             raise ValueError(f"train.k: {self.k} given, but there are only d_sae = {self.d_sae} latents")
+        if self.compute_dtype == "float8" and self.kernels == "reference":
+            raise ValueError("train.compute_dtype: float8 given, but kernels: reference has no such products; use bfloat16")
         return self
 
     @property

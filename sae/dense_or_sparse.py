@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 # On CUDA a dense product is so much faster than the gathers that sparse work is made of that they cross far lower; those
 # limits are reckoned (790 TFLOP/s against 5 TB/s), not measured.
 LIMITS = {
-    "cpu": {"float32": (0.20, 0.25), "bfloat16": (0.11, 0.15)},
-    "cuda": {"float32": (0.03, 0.045), "bfloat16": (0.004, 0.006)},
+    "cpu": {"float32": (0.20, 0.25), "bfloat16": (0.11, 0.15), "float8": (0.11, 0.15)},
+    "cuda": {"float32": (0.03, 0.045), "bfloat16": (0.004, 0.006), "float8": (0.004, 0.006)},
 }
 
 

@@ -20,6 +20,7 @@ from sae.config import TrainConfig
 from sae.dense_or_sparse import DenseOrSparse, Step
 from sae.metrics import MetricsLog
 from sae.ops import kernels_for
+from sae.ops.float8 import in_hardware
 from sae.sae import SAE
 
 
@@ -53,6 +54,9 @@ def train(
     config; FloatingPointError, naming the step, when the loss is not finite.
     """
     device = pick_device(config.device)
+    if config.compute_dtype == "float8" and not in_hardware(device):
+        raise InputError(f"train.compute_dtype: float8 needs a GPU of compute capability 9.0 or more, and this is {device}; "
+                         "use bfloat16")  # fmt: skip
     saved = last_checkpoint(checkpoints, config)
     start = saved.step if saved else 0
     stream = _stream(batches, start, config.steps)
@@ -76,7 +80,7 @@ def train(
     optimizer = Adam(
         dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for(device.type, config.kernels == "reference"),
         betas=config.adam_betas, max_norm=config.max_grad_norm, unit=config.unit_norm_decoder,
-        low=config.compute_dtype == "bfloat16",
+        compute_dtype=config.compute_dtype,
     )  # fmt: skip
     if saved is not None:
         optimizer.restore(saved.adam)

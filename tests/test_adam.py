@@ -31,7 +31,8 @@ def parameters(d_in=12, d_sae=60, seed=0):
 
 def adam_over(p, kernels, unit=False, low=False, max_norm=MAX_NORM):
     return Adam(
-        vars(p), {"W_enc": p.W_enc.T}, {"W_dec": p.W_dec}, kernels, betas=BETAS, max_norm=max_norm, unit=unit, low=low
+        vars(p), {"W_enc": p.W_enc.T}, {"W_dec": p.W_dec}, kernels, betas=BETAS, max_norm=max_norm, unit=unit,
+        compute_dtype="bfloat16" if low else "float32",
     )
 
 

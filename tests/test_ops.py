@@ -18,6 +18,7 @@ from torch import nn
 from sae.adam import Adam
 from sae.architectures.auxk import Dead, auxk_loss
 from sae.ops import Above, BatchTopK, DenseOps, SparseLatents, SparseOps, TooDense, TopK, kernels_for
+from sae.ops.float8 import Float8
 from sae.ops.kernels import AdamStep, Screen, Term
 from sae.ops.latents import DenseLatents, of_dense
 from sae.ops.reference import ReferenceKernels
@@ -53,9 +54,10 @@ def drawn_parameters(d_in=17, d_sae=48, seed=0, bias=0.0):
     )
 
 
-def optimizer(p, kernels, low=False):
+def optimizer(p, kernels, compute_dtype="float32"):
     return Adam(
-        vars(p), {"W_enc": p.W_enc.T}, {"W_dec": p.W_dec}, kernels, betas=(0.9, 0.999), max_norm=1.0, unit=False, low=low
+        vars(p), {"W_enc": p.W_enc.T}, {"W_dec": p.W_dec}, kernels, betas=(0.9, 0.999), max_norm=1.0, unit=False,
+        compute_dtype=compute_dtype,
     )
 
 
@@ -301,10 +303,64 @@ def test_gradients_are_float32_whatever_dtype_the_product_had(kernels, rule):
 
     p, x = drawn_parameters(), grid(40, 17, seed=5).requires_grad_()
     loss(Straight(), p, x).backward()
-    wanted, found = taken(p, x, NAMES), sparse_gradients(loss, p, x, kernels, low=True)
+    wanted, found = taken(p, x, NAMES), sparse_gradients(loss, p, x, kernels, compute_dtype="bfloat16")
     for name in (*NAMES, "x"):
         near(found[name], wanted[name], what=name)
     assert not torch.equal(found["loss"], loss(DenseOps(), p, x).detach())
+
+
+def test_float8_selects_and_float32_values_and_gradients_follow(kernels):
+    """Who fires differs from float32 by rounding to 4 bits alone; values of those who do, and gradients, are float32's."""
+    generator = torch.Generator().manual_seed(0)
+    x, rows = (torch.randn(n, 48, generator=generator) for n in (40, 64))
+    p = SimpleNamespace(
+        W_enc=torch.nn.Parameter(torch.nn.functional.normalize(rows).T), b_enc=torch.nn.Parameter(torch.full((64,), -0.5)),
+        W_dec=torch.nn.Parameter(torch.nn.functional.normalize(rows)), b_dec=torch.nn.Parameter(x.mean(0)),
+    )  # fmt: skip
+    adam = optimizer(p, kernels, compute_dtype="float8")
+    copy = adam.rows["W_enc"].low
+    assert isinstance(copy, Float8)
+    z = (x - p.b_dec) @ p.W_enc + p.b_enc
+    rounded = copy.values.float() * copy.scales
+    near(rounded, p.W_enc.T.detach(), 2**-4)
+    centred = (x - p.b_dec).detach()
+    assert (copy.product(centred).float() - centred @ p.W_enc.detach()).abs().max() < 0.1 * centred.norm(dim=1).max()
+    for rule, most in ((Above(), 0.12), (TopK(5), 0.35)):
+        f = encoded(adam.sparse_ops(1.0), p, x, rule, True)
+        wanted = select(z.detach().clone(), rule)
+        kept = f.dense().detach()
+        differ = ((kept > 0) != (wanted > 0)).sum() / (wanted > 0).sum()
+        assert differ < most  # a selection at random differs in nearly all
+        near(kept[kept > 0], z.detach()[kept > 0], 1e-5)
+        value = mse(adam.sparse_ops(1.0), p, x, f)
+        value.backward()
+        found = {name: matrix_gradient(adam, p, name).clone() for name in ("W_enc", "W_dec")} | taken(p, x, ("b_enc", "b_dec"))
+        adam.clear()
+        mask = (kept > 0).float()
+        mse(DenseOps(), p, x, DenseLatents(((x - p.b_dec) @ p.W_enc + p.b_enc) * mask)).backward()
+        expected = taken(p, x, NAMES)
+        for name in NAMES:
+            near(found[name], expected[name], 1e-5)
+        adam.clear()
+
+
+def test_the_float8_copy_follows_the_weights(kernels):
+    p = drawn_parameters(d_in=32, d_sae=48)
+    adam = optimizer(p, kernels, compute_dtype="float8")
+    for parameter in vars(p).values():
+        parameter.grad = torch.ones_like(parameter)
+    adam.step(0.1)
+    fresh, held = Float8(p.W_enc.detach().T), adam.rows["W_enc"].low
+    assert torch.equal(held.values.view(torch.uint8), fresh.values.view(torch.uint8))
+    assert torch.equal(held.scales, fresh.scales)
+
+
+def test_an_encoder_that_float8_products_do_not_cover_takes_bfloat16s(kernels, caplog):
+    p = drawn_parameters()
+    assert any(size % 16 for size in p.W_enc.shape)
+    assert optimizer(p, kernels, compute_dtype="float8").rows["W_enc"].low.dtype == torch.bfloat16
+    assert not isinstance(optimizer(p, kernels, compute_dtype="float8").rows["W_enc"].low, Float8)
+    assert "is no multiple of 16: its product is taken in bfloat16" in caplog.text
 
 
 # --- shapes
@@ -426,6 +482,26 @@ def test_a_screen_of_ordinary_numbers_selects_as_float32_does():
         both = (found != 0) & (wanted != 0)
         assert ((found != 0) ^ (wanted != 0)).sum() <= 4
         near(found[both], wanted[both], 1e-6)
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["row", "weight", "bias"])
+def test_what_is_not_finite_spoils_a_screen_no_further_than_it_goes(where, what):
+    """One row of x, or one latent: all others come out as without it."""
+    x, weight, bias = normal(60, 48), normal(130, 48, seed=1), normal(130, seed=2)
+    clean = CPU.topk(x, weight, bias, 9, Screen.of(weight)), CPU.above(x, weight, bias, bias.abs(), 10**9, Screen.of(weight))
+    {"row": x, "weight": weight, "bias": bias}[where][7] = what
+    found = CPU.topk(x, weight, bias, 9, Screen.of(weight)), CPU.above(x, weight, bias, bias.abs(), 10**9, Screen.of(weight))
+    for mine, theirs in zip(found, clean, strict=True):
+        mine, theirs = mine.dense(), theirs.dense()
+        if where == "row":
+            mine[7] = theirs[7] = 0
+            assert torch.equal(mine, theirs)
+            continue
+        mine[:, 7] = theirs[:, 7] = 0
+        # where latent 7 is, or was, among the k largest, another is not
+        assert ((mine != theirs).sum(1) <= 1).all()
+        assert (mine != 0).sum() >= (theirs != 0).sum() - len(x)
 
 
 @settings(max_examples=60, deadline=None)

@@ -197,7 +197,7 @@ def switchable(**changes):
 def adam_of(sae, c):
     return Adam(
         dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for("cpu", c.kernels == "reference"),
-        betas=c.adam_betas, max_norm=c.max_grad_norm, unit=c.unit_norm_decoder, low=False,
+        betas=c.adam_betas, max_norm=c.max_grad_norm, unit=c.unit_norm_decoder, compute_dtype="float32",
     )  # fmt: skip
 
 
@@ -310,6 +310,25 @@ def test_a_part_that_is_too_dense_undoes_those_before_it(monkeypatch):
         near(mine, theirs, 1e-6, name)
 
 
+@pytest.mark.parametrize("kind", ["standard", "topk", "batchtopk"])
+def test_float8_trains_as_well_as_float32(kind, monkeypatch):
+    """Where there is no hardware for it, torch computes the same products slowly; monosem then refuses them."""
+    changes = KINDS[kind]
+    with pytest.raises(InputError, match=r"train\.compute_dtype: float8 needs a GPU of compute capability 9\.0"):
+        train(planted(), config(**changes, compute_dtype="float8"))
+    monkeypatch.setattr(sys.modules["sae.train"], "in_hardware", lambda device: True)
+    errors = []
+    for dtype in ("float32", "float8"):
+        sae = train(planted(), config(**changes, compute_dtype=dtype))
+        errors.append(float(sum((sae(x) - x).square().sum() for x in planted())))
+    assert errors[0] * 0.8 < errors[1] < errors[0] * 1.2
+
+
+def test_float8_has_no_reference():
+    with pytest.raises(ValueError, match=r"train\.compute_dtype: float8 given, but kernels: reference"):
+        config(compute_dtype="float8", kernels="reference")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("architecture", ["standard", "topk"])
 def test_dense_steps_without_autograds_weight_gradients_are_the_references(architecture, dtype):
@@ -321,7 +340,7 @@ def test_dense_steps_without_autograds_weight_gradients_are_the_references(archi
         sae = ARCHITECTURES[architecture].initialise(c, 16, torch.zeros(16))
         adam = Adam(
             dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for("cpu", kernels == "reference"),
-            betas=c.adam_betas, max_norm=c.max_grad_norm, unit=c.unit_norm_decoder, low=dtype == "bfloat16",
+            betas=c.adam_betas, max_norm=c.max_grad_norm, unit=c.unit_norm_decoder, compute_dtype=dtype,
         )  # fmt: skip
         step = DenseOrSparse(c, adam, dense=True).backward(sae, x, c, 3.0, lambda: None, 0)
         assert not step.sparse

@@ -72,7 +72,7 @@ def test_unit_norm_keeps_rows_through_training():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(32))
     adam = Adam(
         dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for("cpu"), betas=(0.9, 0.999), max_norm=1.0,
-        unit=True, low=False,
+        unit=True, compute_dtype="float32",
     )  # fmt: skip
     for x in batches[:5]:
         sae.training_loss(x, config(sparsity_norm="unit_norm"), 1.0).loss.backward()

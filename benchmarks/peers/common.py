@@ -48,7 +48,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("architecture", ARCHITECTURES), ("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16")),
+            ("architecture", ARCHITECTURES), ("device", ("cpu", "cuda")), ("dtype", ("float32", "bfloat16", "float8")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise SystemExit(f"job.{name}: {getattr(self, name)!r} is none of {', '.join(allowed)}")

@@ -30,7 +30,8 @@ from sae.ops.cpu_loops import (
     _topk,
     _topk_screened,
 )
-from sae.ops.kernels import AdamStep, Screen, Term, TooDense, lowered
+from sae.ops.float8 import Float8
+from sae.ops.kernels import AdamStep, Screen, Term, TooDense, product
 from sae.ops.latents import ByLatent, SparseLatents
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class CPUKernels:
         self.adam(AdamStep(0.0, 0.9, 0.999, 1e-8, 1, one), weight, out, None, out.clone(), out.clone(), None, None, False)
 
     def above(
-        self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
     ) -> SparseLatents:
         """See Kernels."""
         biases, bars = bias.numpy(), threshold.numpy()
@@ -91,7 +92,7 @@ class CPUKernels:
 
         return self._selected(x, screen.low, room, select)
 
-    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+    def topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """See Kernels."""
         k, biases = min(k, len(weight)), bias.numpy()
         if screen is None:
@@ -106,18 +107,20 @@ class CPUKernels:
 
         return self._selected(x, screen.low, len(x) * k, select)
 
-    def _selected(self, x: Tensor, weight: Tensor, room: int, select: Callable[[Any, int, int, int], Any]) -> SparseLatents:
+    def _selected(
+        self, x: Tensor, weight: Tensor | Float8, room: int, select: Callable[[Any, int, int, int], Any]
+    ) -> SparseLatents:
         """Take the product a few rows at a time, and of each only what is selected: z is never whole.
 
         select(z, first, low, high) looks at rows low to high of a part that begins at row `first`.
         """
-        d_sae = weight.shape[0]
+        d_sae = len(weight)
         chunk = max(1, min(_CHUNK_ROWS, _CHUNK_BYTES // (4 * d_sae)))
         z = torch.empty(min(chunk, len(x)), d_sae, dtype=weight.dtype)
         found: list[tuple[Any, Any, Any]] = []
         for start in range(0, len(x), chunk):
-            part = lowered(x[start : start + chunk], weight)
-            here = torch.mm(part, weight.T, out=z[: len(part)])
+            part = x[start : start + chunk]
+            here = product(part, weight, z[: len(part)])
             array = here.view(torch.int16 if here.dtype == torch.bfloat16 else torch.int32).numpy()
             found += _in_ranges(partial(select, array, start), len(part), each=2)
             if sum(len(values) for _, _, values in found) > room:
@@ -211,9 +214,10 @@ class CPUKernels:
         )  # fmt: skip
 
 
-def _screened(x: Tensor, weight: Tensor, screen: Screen) -> list[Any]:
+def _screened(x: Tensor, weight: Tensor | Float8, screen: Screen) -> list[Any]:
     """Return what the bound on a screen's error is made of: x, the norms of its rows and of what rounding takes from them,
     weight, and the same of its rows."""
+    assert isinstance(weight, Tensor)  # float32: a product in a lower dtype has no screen
     rounding = (x - x.bfloat16()).norm(dim=1)
     return [t.numpy() for t in (x.contiguous(), x.norm(dim=1), rounding, weight, screen.norms, screen.rounding)]
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.ops.kernels import AdamStep, Screen, Term, lowered
+from sae.ops.float8 import Float8
+from sae.ops.kernels import AdamStep, Screen, Term, product
 from sae.ops.latents import ByLatent, SparseLatents
 from sae.ops.reference import ReferenceKernels
 from sae.ops.triton_kernels import (
@@ -51,7 +52,7 @@ class TritonKernels:
             raise ImportError("triton is not installed")
 
     def above(
-        self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
     ) -> SparseLatents:
         """See Kernels; never raises TooDense, starts[-1] tells."""
         (batch, d_sae), constants = (len(x), len(weight)), {"ROWS": 4, "BLOCK": BLOCK}
@@ -69,7 +70,7 @@ class TritonKernels:
                 )  # fmt: skip
         return f
 
-    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+    def topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """See Kernels."""
         (batch, d_sae), device = (len(x), len(weight)), x.device
         if k > MAX_K:
@@ -215,14 +216,15 @@ class TritonKernels:
         return ReferenceKernels()
 
 
-def _products(x: Tensor, weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _products(x: Tensor, weight: Tensor | Float8) -> Iterator[tuple[int, int, Tensor]]:
     """Yield x weight^T in parts of whole rows, each in the same memory, with the rows' bounds."""
-    x, weight = x.detach(), weight.detach()
-    rows = min(max(1, Z_BYTES // max(1, len(weight) * weight.element_size())), len(x))
-    z = torch.empty(rows, len(weight), dtype=weight.dtype, device=x.device)
+    x = x.detach()
+    weight = weight if isinstance(weight, Float8) else weight.detach()
+    rows = min(max(1, Z_BYTES // max(1, len(weight) * weight.dtype.itemsize)), len(x))
+    z = torch.empty(0 if isinstance(weight, Float8) else rows, len(weight), dtype=weight.dtype, device=x.device)
     for begin in range(0, len(x), max(rows, 1)):
         end = min(begin + rows, len(x))
-        yield begin, end, torch.mm(lowered(x[begin:end], weight), weight.T, out=z[: end - begin])
+        yield begin, end, product(x[begin:end], weight, z[: end - begin])
 
 
 def _exact(f: SparseLatents) -> SparseLatents:

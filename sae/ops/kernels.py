@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sae.ops.float8 import Float8
 from sae.ops.latents import ByLatent, DenseLatents, SparseLatents
 
 log = logging.getLogger(__name__)
@@ -90,15 +91,15 @@ class Kernels(Protocol):
     screens: bool  # whether a `Screen` for float32 products is of use
 
     def above(
-        self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
     ) -> SparseLatents:
         """Return the entries of z = x weight^T + bias that lie above threshold (d_sae,), with value z.
 
-        x (batch, d) float32, weight (d_sae, d) float32 or bfloat16, in which the product is then taken. Raises TooDense
-        where there are more than `room` entries and that is known without waiting; else starts[-1] tells.
+        x (batch, d) float32, weight (d_sae, d) float32, bfloat16 or float8, in which the product is then taken. Raises
+        TooDense where there are more than `room` entries and that is known without waiting; else starts[-1] tells.
         """
 
-    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+    def topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """Return the k largest positive entries of each row of z; see `above`."""
 
     def decode(self, f: SparseLatents, weight: Tensor, bias: Tensor) -> Tensor:
@@ -162,6 +163,8 @@ def kernels_for(device_type: str, reference: bool = False) -> Kernels:
     return ReferenceKernels()
 
 
-def lowered(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x in the dtype that the encoder product is taken in."""
-    return x.to(weight.dtype) if weight.dtype == torch.bfloat16 else x
+def product(x: Tensor, weight: Tensor | Float8, out: Tensor | None = None) -> Tensor:
+    """Return x weight^T in the dtype that weight says, in `out` where torch can put it there."""
+    if isinstance(weight, Float8):
+        return weight.product(x)
+    return torch.mm(x.to(weight.dtype), weight.T, out=out)

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sae.ops.kernels import AdamStep, Screen, Term, TooDense, lowered
+from sae.ops.float8 import Float8
+from sae.ops.kernels import AdamStep, Screen, Term, TooDense, product
 from sae.ops.latents import ByLatent, SparseLatents, of_dense
 
 
@@ -16,17 +17,17 @@ class ReferenceKernels:
     screens = False
 
     def above(
-        self, x: Tensor, weight: Tensor, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
     ) -> SparseLatents:
         """See Kernels."""
-        z = (lowered(x, weight) @ weight.T).float() + bias
+        z = product(x, weight).float() + bias
         if int((z > threshold).sum()) > room:
             raise TooDense
         return _selected(z, z > threshold, self)
 
-    def topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+    def topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
         """See Kernels; a stable sort, since torch.topk promises nothing about ties."""
-        z = (lowered(x, weight) @ weight.T).float() + bias
+        z = product(x, weight).float() + bias
         order = z.sort(dim=1, descending=True, stable=True).indices[:, :k]
         return _selected(z, torch.zeros_like(z, dtype=torch.bool).scatter_(1, order, True) & (z > 0), self)
 

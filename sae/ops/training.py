@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sae.ops.kernels import DenseTerm, Kernels, Screen, Term, TooDense
+from sae.ops.float8 import Float8
+from sae.ops.kernels import DenseTerm, Kernels, Screen, Term, TooDense, product
 from sae.ops.latents import Above, BatchTopK, DenseLatents, Latents, Rule, SparseLatents, TopK
 
 AnyLatents = DenseLatents | SparseLatents
@@ -148,13 +149,13 @@ def select(z: Tensor, rule: Rule) -> Tensor:
 class Rows:
     """A matrix by latent, (d_sae, d) float32, what the optimiser keeps beside it, and a step's gradient in parts.
 
-    `low` is its bfloat16 copy, in which an encoder's product is taken, or `screen` what its float32 product is selected by;
-    `norms` are a decoder's rows' norms. All are those after the last step. The gradient is the sum of `terms`, of
+    `low` is its copy in bfloat16 or float8, in which an encoder's product is taken, or `screen` what its float32 product is
+    selected by; `norms` are a decoder's rows' norms. All are those after the last step. The gradient is the sum of `terms`, of
     along_i * row i, and of the `subsets`' (latents, gradient of their rows).
     """
 
     weight: Tensor
-    low: Tensor | None = None
+    low: Tensor | Float8 | None = None
     norms: Tensor | None = None
     screen: Screen | None = None
     terms: list[Term | DenseTerm] = field(default_factory=list)
@@ -192,7 +193,14 @@ class SparseOps:
                 self._counts.clear()  # of what the step had before: it is computed anew
                 self._floors.clear()
                 raise
-        return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
+            none = None
+            if isinstance(rows.low, Float8):  # it only selects: the few that it did get their float32 values
+                exact = self.kernels.sample(f, centred, rows.weight) + b_enc.detach()[f.latents]
+                exact = torch.where(f.values != 0, exact, 0)  # what stands behind the last entry stays 0
+                none = (f.values > 0) & (exact <= 0)  # it took these to be just above zero
+                f = f.with_values(exact)
+        values: Tensor = _Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows)  # type: ignore[no-untyped-call]
+        return f.with_values(values if none is None else values.masked_fill(none, 0))
 
     def _select(self, x: Tensor, rows: Rows, bias: Tensor, rule: Rule) -> SparseLatents:
         room, screen = int(self.room * len(x) * len(bias)), rows.screen
@@ -207,7 +215,7 @@ class SparseOps:
             return f
         return self._batch_topk(x, weight, bias, rule.k, screen)
 
-    def _batch_topk(self, x: Tensor, weight: Tensor, bias: Tensor, k: int, screen: Screen | None) -> SparseLatents:
+    def _batch_topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None) -> SparseLatents:
         """Take the entries above a floor that the cut surely lies above, then the largest of them; exact, whatever the floor."""
         wanted = min(k, len(bias)) * len(x)
         room = min(len(x) * len(bias), 4 * wanted) if x.is_cuda else len(x) * len(bias)
@@ -284,10 +292,7 @@ class DenseTermOps(SparseOps):
         rows = self._rows[W_enc]
         with torch.no_grad():
             centred, bias = x if b_dec is None else x - b_dec, b_enc.detach()
-            if rows.low is None:
-                z = torch.addmm(bias, centred, rows.weight.T)
-            else:
-                z = (centred.bfloat16() @ rows.low.T).float().add_(bias)
+            z = torch.addmm(bias, centred, rows.weight.T) if rows.low is None else product(centred, rows.low).float() + bias
             f = DenseLatents(select(z, rule), low=rows.low is not None)
             self._counts.append((HostCount(torch.count_nonzero(f.values)), 0, f.values.numel()))
         return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
