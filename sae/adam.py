@@ -109,6 +109,8 @@ class Adam:
         """Return the gradient, the place of each latent's row in it, and the rows' squared norms."""
         if parameter.grad is not None:  # plain autograd's
             out, slots = (parameter.grad if name in self.decoders else parameter.grad.T).contiguous(), None
+            if name in self._absorbed:
+                out = self._buffers[name].add_(out)
             self._absorbed.add(name)
         else:
             slots, places = self._slots(name)
@@ -131,6 +133,8 @@ class Adam:
             if isinstance(term, DenseTerm):
                 term.add_to(out, fresh)
                 fresh = False
+        if not (last or sparse or fresh):
+            return out.new_zeros(())
         along, tangent = (rows.along, self.unit and name in self.decoders) if last else (None, False)
         return self.kernels.gradient(sparse, rows.weight, along, tangent, out, slots, fresh)
 
@@ -173,7 +177,8 @@ class Adam:
         self.refresh()
         self.steps = int(state["steps"])
         for name, value in self.state().items():
-            value.copy_(state[name])
+            if name in state:  # what screens need is not there where the checkpoint's machine had none: it was taken anew
+                value.copy_(state[name])
 
     def sparse_ops(self, room: float) -> SparseOps:
         """Return sparse operations whose gradients end up here."""

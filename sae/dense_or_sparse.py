@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -112,7 +113,9 @@ class DenseOrSparse:
         sparse, size = ops is self._sparse_ops, max(1, len(x))
         if sae.rowwise:
             size = part_rows(config.d_sae, x.device.type, self.density if sparse else None)
-        parts = torch.split(x, size)
+        # what is left joins the last part: by itself, a few rows may be too dense in a batch that is not
+        cuts = [*range(0, max(1, len(x) // size) * size, size), len(x)]
+        parts = [x[begin:end] for begin, end in pairwise(cuts)]
         sums: list[Tensor] = []
         counts, names, out = torch.zeros((), dtype=torch.int64, device=x.device), list[str](), None
         for number, part in enumerate(parts):

@@ -54,9 +54,10 @@ def train(
     config; FloatingPointError, naming the step, when the loss is not finite.
     """
     device = pick_device(config.device)
-    if config.compute_dtype == "float8" and not in_hardware(device):
-        raise InputError(f"train.compute_dtype: float8 needs a GPU of compute capability 9.0 or more, and this is {device}; "
-                         "use bfloat16")  # fmt: skip
+    kernels = kernels_for(device.type, config.kernels == "reference")
+    if config.compute_dtype == "float8" and (not in_hardware(device) or kernels.name == "reference"):
+        raise InputError(f"train.compute_dtype: float8 needs a GPU of compute capability 9.0 or more, and Triton; this is "
+                         f"{device} with {kernels.name} kernels; use bfloat16")  # fmt: skip
     saved = last_checkpoint(checkpoints, config)
     start = saved.step if saved else 0
     stream = _stream(batches, start, config.steps)
@@ -78,7 +79,7 @@ def train(
         sae.load_state_dict(saved.weights)
     sae.to(device)
     optimizer = Adam(
-        dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for(device.type, config.kernels == "reference"),
+        dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels,
         betas=config.adam_betas, max_norm=config.max_grad_norm, unit=config.unit_norm_decoder,
         compute_dtype=config.compute_dtype,
     )  # fmt: skip

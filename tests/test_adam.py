@@ -164,7 +164,7 @@ def test_places_for_latents_with_a_gradient_alone_change_no_bit(kernels, monkeyp
     some, all_of_them = adam_over(p, kernels, unit), adam_over(q, kernels, unit)
     places = []
     monkeypatch.setattr(all_of_them, "_slots", lambda name: (None, len(all_of_them.rows[name].weight)))
-    monkeypatch.setattr(some, "_slots", lambda rows: places.append(Adam._slots(some, rows)) or places[-1])
+    monkeypatch.setattr(some, "_slots", lambda name: places.append(Adam._slots(some, name)) or places[-1])
     for step in range(6):
         x = normal(rows, 12, seed=1000 + step)
         for adam, these in ((some, p), (all_of_them, q)):

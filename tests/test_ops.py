@@ -344,6 +344,28 @@ def test_float8_selects_and_float32_values_and_gradients_follow(kernels):
         adam.clear()
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_dense_steps_under_float8_are_bfloat16s(kernels, rule):
+    found = []
+    for dtype in ("float8", "bfloat16"):
+        p = drawn_parameters(d_in=32, d_sae=48)
+        adam = optimizer(p, kernels, compute_dtype=dtype)
+        f = encoded(adam.dense_ops(), p, grid(40, 32, seed=5), RULES[rule], True)
+        found.append(f.values)
+    assert torch.equal(*found)
+
+
+def test_float8_takes_the_cut_of_a_batch_between_float32_values(kernels):
+    """Entries that float8 misjudges would set BatchTopK's threshold, their least, far below the cut."""
+    x, p = normal(200, 64), drawn_parameters(d_in=64, d_sae=128)
+    adam = optimizer(p, kernels, compute_dtype="float8")
+    f = encoded(adam.sparse_ops(1.0), p, x, BatchTopK(4), True)
+    z = ((x - p.b_dec) @ p.W_enc + p.b_enc).detach()
+    cut = z.flatten().sort(descending=True).values[4 * len(x) - 1]
+    assert len(f.values) == 4 * len(x)
+    near(f.values.min(), cut, 0.02)
+
+
 def test_the_float8_copy_follows_the_weights(kernels):
     p = drawn_parameters(d_in=32, d_sae=48)
     adam = optimizer(p, kernels, compute_dtype="float8")
@@ -502,6 +524,40 @@ def test_what_is_not_finite_spoils_a_screen_no_further_than_it_goes(where, what)
         # where latent 7 is, or was, among the k largest, another is not
         assert ((mine != theirs).sum(1) <= 1).all()
         assert (mine != 0).sum() >= (theirs != 0).sum() - len(x)
+
+
+def few_reach_the_bar_of_the_row_before(scale, bias):
+    """A row with enough positive latents, then one with fewer than k: with the screen's bounds all underflown to 0."""
+    weight = torch.eye(8, 16) * scale
+    x = torch.zeros(4, 16)
+    x[0, :8], x[1, :2], x[3] = 3.0, 1.0, 2.0
+    return x, weight, torch.full((8,), bias)
+
+
+SEARCHES = {
+    "bounds that underflow": few_reach_the_bar_of_the_row_before(1e-30, 0.0),
+    "fewer than k": few_reach_the_bar_of_the_row_before(1.0, 0.0),
+    "a bar that overflows": (torch.tensor([[1e-38], [100.0], [1.0]]), torch.ones(3, 1), torch.ones(3)),
+    "a small row before large ones": (
+        torch.cat([torch.full((1, 16), 1e-4), normal(50, 16) * 5]), normal(40, 16), torch.full((40,), 0.5),
+    ),
+    "squares that overflow": (normal(6, 16) * 1e20, normal(40, 16), normal(40)),
+    "an infinite latent": (normal(6, 16), torch.cat([normal(9, 16), torch.full((1, 16), torch.inf)]), normal(10)),
+    "infinite latents of both signs": (
+        normal(6, 16).abs(), torch.full((2, 16), torch.inf) * torch.tensor([[1.0], [-1.0]]), normal(2),
+    ),
+    "an infinite bias": (normal(6, 16), normal(9, 16), torch.cat([normal(8), torch.tensor([torch.inf])])),
+}
+
+
+@pytest.mark.parametrize("case", SEARCHES)
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_a_search_under_a_screen_ends_and_finds_the_largest(case, k):
+    x, weight, bias = SEARCHES[case]
+    z = (x @ weight.T + bias).nan_to_num(nan=-1.0, posinf=torch.inf)
+    wanted = z.clamp(min=0).topk(min(k, z.shape[1]), dim=1).values
+    found = CPU.topk(x, weight, bias, k, Screen.of(weight)).dense()
+    torch.testing.assert_close(found.topk(min(k, z.shape[1]), dim=1).values, wanted, rtol=1e-5, atol=0)
 
 
 @settings(max_examples=60, deadline=None)

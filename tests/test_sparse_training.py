@@ -281,7 +281,7 @@ def test_rows_are_taken_in_parts(kernels, count, monkeypatch):
     """A dense step's and a sparse one's, against plain autograd over all of them."""
     c, sae, adam, way = switchable()
     way.dense = count == 50
-    monkeypatch.setattr("sae.dense_or_sparse.part_rows", lambda *_: 3)  # and the last row alone
+    monkeypatch.setattr("sae.dense_or_sparse.part_rows", lambda *_: 3)  # and the last row with them
     found = way.backward(sae, firing(count), c, 1.0, lambda: None, 0)
     monkeypatch.undo()
     assert found.sparse == (count == 5)

@@ -66,7 +66,7 @@ class CPUKernels:
         if _row_sum.stats.cache_misses:
             log.info("compiling the sparse loops for this processor; this is done once and kept")
         x, bias, weight = torch.ones(2, 2), torch.zeros(2), torch.ones(2, 2)
-        for screen in (None, Screen.of(weight)):
+        for screen in (None, Screen.of(weight)) if self.screens else (None,):
             for matrix in (weight, weight.bfloat16()) if screen is None else (weight,):
                 f = self.above(x, matrix, bias, bias, 4, screen)
                 self.topk(x, matrix, bias, 1, screen)

@@ -133,6 +133,8 @@ def _followed(ratio: Any, least: Any, norm: Any) -> Any:  # pragma: no cover - c
     if not (least > 0 and norm > 0):
         return ratio
     fresh = least / norm
+    if not fresh < np.float32(1e38):
+        return ratio
     return fresh if ratio == 0 else np.float32(0.75) * ratio + np.float32(0.25) * fresh
 
 
@@ -192,9 +194,13 @@ def _above_screened(
 
 @compiled
 def _lowered(bar: Any, slack: Any) -> Any:  # pragma: no cover - compiled
-    """Return the screen's value below which a float32 pre-activation surely lies under the bar, whichever latent's it is."""
+    """Return the screen's value below which a float32 pre-activation surely lies under the bar, whichever latent's it is.
+
+    Where the slack is not finite there is none.
+    """
     bar = bar - slack
-    return bar / np.float32(1 + _ROUNDED) if bar > 0 else bar / np.float32(1 - _ROUNDED)
+    lowered = bar / np.float32(1 + _ROUNDED) if bar > 0 else bar / np.float32(1 - _ROUNDED)
+    return lowered if lowered > -np.float32(np.inf) else -np.float32(np.inf)
 
 
 @compiled
@@ -232,11 +238,13 @@ def _topk_screened(
         of_norm, of_rounding = x_rounding[first + r] + np.float32(_SUM * x.shape[1]) * norm, np.float32(_LONGER) * norm
         slack = of_norm * largest[0] + of_rounding * largest[1] + np.float32(_ROUNDED) * largest[2]
         slack *= np.float32(1.0001)
-        bar = _lowered(np.float32(_SURELY) * ratio * norm, slack)
+        likely = np.float32(_SURELY) * ratio * norm
+        wanted, last = likely, False
         while True:
+            bar = _lowered(wanted, slack)
             _flag(z[r], bias, zeros, bar, bits, row, flags)
             count = _collect(row, flags, words, candidates, strengths, 0)
-            bound, edge = np.float32(0), np.float32(np.inf)
+            bound, edge = np.float32(0), np.float32(0)
             if count >= k:
                 edge, bound = np.partition(strengths[:count], count - k)[count - k], np.float32(np.inf)
                 for p in range(count):
@@ -246,14 +254,20 @@ def _topk_screened(
                             bound = exact[p] if exact[p] > 0 else np.float32(0)
             # a hair below the bound, for what it takes to be among the k largest is to reach it, not to pass it
             bound *= np.float32(0.99999)
-            if not bar > _lowered(bound, slack):  # or not a number, as with a NaN in x: then nothing is found
+            if last or bar <= _lowered(bound, slack):
                 break
-            bar = _lowered(bound, slack) if count >= k else _lowered(np.float32(0.7) * max(bar, np.float32(0)), slack)
+            if count >= k:
+                wanted = bound
+            elif wanted > np.float32(0.1) * likely:
+                wanted *= np.float32(0.7)
+            else:
+                wanted = np.float32(0)
+            last = count >= k or wanted == 0
         ratio = _followed(ratio, bound, norm)
         reached = 0
         for p in range(count):
             j, value = candidates[p], strengths[p]
-            if value >= edge:
+            if count >= k and value >= edge:
                 value = exact[p]
             else:
                 margin = of_norm * norms[j] + of_rounding * rounding[j] + np.float32(_ROUNDED) * (abs(value) + abs(bias[j]))

@@ -6,6 +6,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 DTYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(DTYPE).max
+_BLOCK_BYTES = 256 * 2**20
 MULTIPLE = 16  # what both sides of such a product must be multiples of on CUDA (cuBLASLt)
 
 
@@ -24,17 +25,20 @@ class Float8:
 
     def __init__(self, weight: Tensor) -> None:
         """Take (d_sae, d) float32."""
-        self.values, self.scales = _scaled(weight)
+        self.values, self.scales = torch.empty_like(weight, dtype=DTYPE), weight.new_empty(len(weight), 1)
+        self.write(weight)
 
     def __len__(self) -> int:
         """d_sae."""
         return len(self.values)
 
     def write(self, weight: Tensor) -> None:
-        """Take the matrix anew, in place."""
-        values, scales = _scaled(weight)
-        self.values.copy_(values)
-        self.scales.copy_(scales)
+        """Take the matrix anew, in place, a block of rows at a time: another float32 copy of it would not always fit."""
+        size = max(1, _BLOCK_BYTES // (4 * weight.shape[1]))
+        for rows, values, scales in zip(*(torch.split(t, size) for t in (weight, self.values, self.scales)), strict=True):
+            found = _scaled(rows)
+            values.copy_(found[0])
+            scales.copy_(found[1])
 
     def product(self, x: Tensor) -> Tensor:
         """Return x weight^T, (batch, d_sae) bfloat16, for x (batch, d) float32."""
@@ -47,5 +51,5 @@ class Float8:
 
 
 def _scaled(rows: Tensor) -> tuple[Tensor, Tensor]:
-    scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / _LARGEST
+    scales = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True).clamp(min=1e-30) / _LARGEST
     return (rows / scales).to(DTYPE), scales

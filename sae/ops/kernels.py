@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sae.ops.float8 import Float8
-from sae.ops.latents import ByLatent, DenseLatents, SparseLatents
+from sae.ops.latents import ByLatent, SparseLatents
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +37,21 @@ class Term:
 
 @dataclass(frozen=True)
 class DenseTerm:
-    """The same where every latent may have an entry in every row: coefficients^T dense, coefficients (batch, d_sae)."""
+    """The same where every latent may have an entry in every row: coefficients^T dense, coefficients (batch, d_sae).
 
-    latents: DenseLatents
+    With `low` the product is taken in bfloat16.
+    """
+
+    low: bool
     coefficients: Tensor
     dense: Tensor
 
     def add_to(self, out: Tensor, fresh: bool) -> None:
         """Add it to `out` (d_sae, d), or put it there if that is `fresh`."""
-        if not self.latents.low:
+        if not self.low:
             torch.addmm(out, self.coefficients.T, self.dense, beta=0 if fresh else 1, out=out)
             return
-        product = self.latents.product(self.coefficients.T, self.dense)
-        (out.copy_ if fresh else out.add_)(product)
+        (out.copy_ if fresh else out.add_)(self.coefficients.T.bfloat16() @ self.dense.bfloat16())
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,9 @@ class Rows:
 
     def add_term(self, f: AnyLatents, coefficients: Tensor, dense: Tensor) -> None:
         """Add to the gradient what these entries make of `dense` (batch, d)."""
-        term = DenseTerm(f, coefficients, dense) if isinstance(f, DenseLatents) else Term(f, coefficients, dense)
-        self.terms.append(term)
+        self.terms.append(
+            DenseTerm(f.low, coefficients, dense) if isinstance(f, DenseLatents) else Term(f, coefficients, dense)
+        )
 
     def clear(self) -> None:
         """Forget the gradient."""
@@ -193,14 +194,20 @@ class SparseOps:
                 self._counts.clear()  # of what the step had before: it is computed anew
                 self._floors.clear()
                 raise
-            none = None
-            if isinstance(rows.low, Float8):  # it only selects: the few that it did get their float32 values
-                exact = self.kernels.sample(f, centred, rows.weight) + b_enc.detach()[f.latents]
-                exact = torch.where(f.values != 0, exact, 0)  # what stands behind the last entry stays 0
-                none = (f.values > 0) & (exact <= 0)  # it took these to be just above zero
-                f = f.with_values(exact)
         values: Tensor = _Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows)  # type: ignore[no-untyped-call]
-        return f.with_values(values if none is None else values.masked_fill(none, 0))
+        if isinstance(rows.low, Float8):  # of those that it selected, some turn out not to pass
+            with torch.no_grad():
+                bar = thresholds(rule, len(b_enc), x.device)[f.latents] if isinstance(rule, Above) else 0.0
+                fails = f.values <= bar
+            values = values.masked_fill(fails, 0)
+        return f.with_values(values)
+
+    def _in_float32(self, f: SparseLatents, x: Tensor, rows: Rows, bias: Tensor) -> SparseLatents:
+        """Give what float8 selected its float32 values: few are selected, and four bits tell who may fire, not how strongly."""
+        if not isinstance(rows.low, Float8):
+            return f
+        exact = self.kernels.sample(f, x, rows.weight) + bias.detach()[f.latents]
+        return f.with_values(torch.where(f.values != 0, exact, 0))  # what stands behind the last entry stays 0
 
     def _select(self, x: Tensor, rows: Rows, bias: Tensor, rule: Rule) -> SparseLatents:
         room, screen = int(self.room * len(x) * len(bias)), rows.screen
@@ -208,14 +215,16 @@ class SparseOps:
         if isinstance(rule, Above):
             f = self.kernels.above(x, weight, bias.detach(), thresholds(rule, len(bias), x.device), room, screen)
             self._counts.append((HostCount(f.starts[-1]), 0, room))
-            return f
+            return self._in_float32(f, x, rows, bias)
         if isinstance(rule, TopK):
             f = self.kernels.topk(x, weight, bias.detach(), min(rule.k, len(bias)), screen)
             self._counts.append((HostCount(f.starts[-1]), 0, len(x) * rule.k))
-            return f
-        return self._batch_topk(x, weight, bias, rule.k, screen)
+            return self._in_float32(f, x, rows, bias)
+        return self._batch_topk(x, rows, weight, bias, rule.k, screen)
 
-    def _batch_topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None) -> SparseLatents:
+    def _batch_topk(
+        self, x: Tensor, rows: Rows, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None
+    ) -> SparseLatents:
         """Take the entries above a floor that the cut surely lies above, then the largest of them; exact, whatever the floor."""
         wanted = min(k, len(bias)) * len(x)
         room = min(len(x) * len(bias), 4 * wanted) if x.is_cuda else len(x) * len(bias)
@@ -229,6 +238,7 @@ class SparseOps:
             candidates = self.kernels.above(x, weight, bias.detach(), torch.zeros(len(bias)), x.shape[0] * len(bias), screen)
         if x.is_cuda:  # whether the floor served is known later
             self._counts.append((HostCount(candidates.starts[-1]), wanted, room))
+        candidates = self._in_float32(candidates, x, rows, bias)  # the cut is between float32 values
         values = candidates.values
         if len(values) <= wanted:
             if not x.is_cuda:
@@ -292,7 +302,9 @@ class DenseTermOps(SparseOps):
         rows = self._rows[W_enc]
         with torch.no_grad():
             centred, bias = x if b_dec is None else x - b_dec, b_enc.detach()
-            z = torch.addmm(bias, centred, rows.weight.T) if rows.low is None else product(centred, rows.low).float() + bias
+            # where all the values count float8 is too coarse
+            low = rows.weight.bfloat16() if isinstance(rows.low, Float8) else rows.low
+            z = torch.addmm(bias, centred, rows.weight.T) if low is None else product(centred, low) + bias
             f = DenseLatents(select(z, rule), low=rows.low is not None)
             self._counts.append((HostCount(torch.count_nonzero(f.values)), 0, f.values.numel()))
         return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
