@@ -302,11 +302,13 @@ def main() -> None:
             kind, result = "training", compare(args.device, args.rounds, args.only, args.peer_python, folder)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{kind}-{args.device}.json"
-    if args.only:
-        print(json.dumps(result, indent=2))
-    else:
-        path.write_text(json.dumps({**result, "machine": machine("numpy", "safetensors")}, indent=2) + "\n")
-        print(path)
+    result["machine"] = machine("numpy", "safetensors")
+    if args.only and path.exists():  # each case is a comparison of its own: those not run again stay
+        fresh, result = result, json.loads(path.read_text())
+        again = {case["case"]: {**case, "date": fresh["machine"]["date"]} for case in fresh["cases"]}
+        result["cases"] = [again.get(case["case"], case) for case in result["cases"]]
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(path)
 
 
 if __name__ == "__main__":

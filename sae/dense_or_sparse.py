@@ -29,21 +29,21 @@ LIMITS = {
 
 # What a part of a batch may take: bytes of one of a dense step's (rows, d_sae) matrices, on a CPU so that it stays in a
 # cache, and entries of a sparse step, which are some 64 bytes each.
-PART_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+PART_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
 PART_ENTRIES = {"cpu": 2**17, "cuda": 2**26}
 
 
 def part_rows(d_sae: int, device_type: str, density: float | None = None) -> int:
     """Return how many rows are taken at a time where a loss allows it: dense, or sparse if a density is given.
 
-    Not fewer than 256, since for each part all of the weights' gradients are gone through, and a power of two: oneDNN keeps
-    a compiled product for every number of rows it has met.
+    Not fewer than 128 or 256, since for each part all of the weights' gradients are gone through, and a power of two: oneDNN
+    keeps a compiled product for every number of rows it has met.
     """
     if density is None:
-        rows = PART_BYTES.get(device_type, PART_BYTES["cpu"]) / (4 * d_sae)
+        rows, least = PART_BYTES.get(device_type, PART_BYTES["cpu"]) / (4 * d_sae), 128
     else:
-        rows = PART_ENTRIES.get(device_type, PART_ENTRIES["cpu"]) / max(density * d_sae, 1)
-    return max(256, 1 << int(math.log2(max(rows, 1))))
+        rows, least = PART_ENTRIES.get(device_type, PART_ENTRIES["cpu"]) / max(density * d_sae, 1), 256
+    return max(least, 1 << int(math.log2(max(rows, 1))))
 
 
 @dataclass(frozen=True)
