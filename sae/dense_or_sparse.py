@@ -29,7 +29,7 @@ LIMITS = {
 
 # What a part of a batch may take: bytes of one of a dense step's (rows, d_sae) matrices, on a CPU so that it stays in a
 # cache, and entries of a sparse step, which are some 64 bytes each.
-PART_BYTES = {"cpu": 2 * 2**20, "cuda": 512 * 2**20}
+PART_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 PART_ENTRIES = {"cpu": 2**17, "cuda": 2**26}
 
 
