@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ScalingType, scaled_mm
 
 DTYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(DTYPE).max
@@ -42,6 +41,8 @@ class Float8:
 
     def product(self, x: Tensor) -> Tensor:
         """Return x weight^T, (batch, d_sae) bfloat16, for x (batch, d) float32."""
+        from torch.nn.functional import ScalingType, scaled_mm  # young names in torch, and needed here alone
+
         values, scales = _scaled(x)
         by_row = ScalingType.RowWise
         product: Tensor = scaled_mm(
