@@ -94,8 +94,7 @@ def _reconstruction(sae: SAE, store: ActivationStore, hook: str, progress: Calla
     for start in range(first, store.rows, 4096):
         stop = min(start + 4096, store.rows)
         x = store.read(hook, slice(start, stop)).to(device)
-        f = sae.encode_sparse(x)
-        reconstruction = sae.decode_sparse(f)
+        f, reconstruction = sae.reconstruct_sparse(x)
         rows = kept[start:stop].to(device)
         all_tokens.update(x, reconstruction, f.latent_counts())
         plain.update(x[rows], reconstruction[rows], f.keep(rows[f.rows]).latent_counts())

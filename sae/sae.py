@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 class SAEConfig:
     """What an SAE is. Field names are SAELens v6's; `metadata` holds where it comes from and how it was trained.
 
-    `k` is the number of latents a token that TopK fires; None elsewhere.
+    `k` is the number of latents a token that TopK fires; None elsewhere. A transcoder reads `hook_name` and predicts
+    `hook_name_out`, `d_out` wide (None: d_in, as in an SAE); with `skip` it also has W_skip (d_out, d_in), which goes past
+    the latents. `normalize_activations` "layer_norm" brings each token to mean 0 and standard deviation 1 before it is
+    encoded, and its reconstruction back (OpenAI's TopK SAEs).
     """
 
     architecture: str
@@ -32,6 +35,15 @@ class SAEConfig:
     apply_b_dec_to_input: bool = True
     k: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    d_out: int | None = None
+    hook_name_out: str | None = None
+    skip: bool = False
+    normalize_activations: Literal["none", "layer_norm"] = "none"
+
+    @property
+    def width_out(self) -> int:
+        """The width of reconstructions."""
+        return self.d_in if self.d_out is None else self.d_out
 
 
 HISTOGRAM_EDGES: list[float] = [2.0 ** (i / 2) for i in range(-20, 41)]  # 2^-10 to 2^20, two bins an octave
@@ -101,8 +113,12 @@ class SAE(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the reconstruction of x, (..., d_in)."""
-        return self.decode(self.encode(x))
+        """Return the reconstruction of x, (..., d_in); of a transcoder its prediction, (..., d_out)."""
+        return self.complete(self.decode(self.encode(x)), x)
+
+    def complete(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """Return what `decode` gave with what latents do not carry of x: a skip connection, the scale of a layer norm."""
+        return x_hat
 
     def encode_sparse(self, x: Tensor) -> SparseLatents:
         """Return the latents of x (batch, d_in) that are not zero: what `encode` gives, without the zeros."""
@@ -111,6 +127,11 @@ class SAE(nn.Module):
     def decode_sparse(self, f: SparseLatents) -> Tensor:
         """Return reconstructions (batch, d_in) of what `encode_sparse` gave."""
         return self.decode(f.dense())
+
+    def reconstruct_sparse(self, x: Tensor) -> tuple[SparseLatents, Tensor]:
+        """Return the latents of x (batch, d_in) and its reconstruction: what `encode` and `forward` give."""
+        f = self.encode_sparse(x)
+        return f, self.complete(self.decode_sparse(f), x)
 
     def directions(self, latents: Tensor) -> Tensor:
         """Return decoder rows, (n, d_in), of the given latent numbers."""

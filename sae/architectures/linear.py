@@ -16,7 +16,8 @@ _WORTH_A_SCREEN = 512  # rows: for fewer, making the bfloat16 copy costs more th
 class LinearSAE(SAE):
     """z = (x - b_dec) W_enc + b_enc, f = the entries of z that `rule` keeps, x_hat = f W_dec + b_dec.
 
-    With `apply_b_dec_to_input` false, b_dec is not subtracted from the input. Both matrices lie in memory by latent: W_enc
+    With `apply_b_dec_to_input` false, b_dec is not subtracted from the input. A skip transcoder adds x W_skip^T (Paulo et al.
+    2025, "Transcoders Beat Sparse Autoencoders for Interpretability"). Both matrices lie in memory by latent: W_enc
     is the transpose of a (d_sae, d_in) array, so that a latent's encoder column is as contiguous as its decoder row.
     """
 
@@ -26,8 +27,10 @@ class LinearSAE(SAE):
         dtype = getattr(torch, cfg.dtype)
         self.W_enc = nn.Parameter(torch.empty(cfg.d_sae, cfg.d_in, dtype=dtype).T)
         self.b_enc = nn.Parameter(torch.empty(cfg.d_sae, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, cfg.d_in, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.empty(cfg.d_in, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.empty(cfg.d_sae, cfg.width_out, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.empty(cfg.width_out, dtype=dtype))
+        if cfg.skip:
+            self.W_skip = nn.Parameter(torch.empty(cfg.width_out, cfg.d_in, dtype=dtype))
 
     def rule(self) -> Rule:
         """Say which latents fire outside of training."""
@@ -35,12 +38,28 @@ class LinearSAE(SAE):
 
     def encode(self, x: Tensor) -> Tensor:
         """Return latents, (..., d_in) -> (..., d_sae), never negative."""
-        z = (x - self.b_dec if self.cfg.apply_b_dec_to_input else x) @ self.W_enc + self.b_enc
+        z = self._input(x) @ self.W_enc + self.b_enc
         return select(z.reshape(-1, z.shape[-1]), self.rule()).view_as(z)
 
+    def _input(self, x: Tensor) -> Tensor:
+        """Return what the encoder's product is taken of."""
+        if self.cfg.normalize_activations == "layer_norm":
+            mean, deviation = _row_moments(x)
+            x = (x - mean) / deviation
+        return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+
     def decode(self, f: Tensor) -> Tensor:
-        """Return reconstructions, (..., d_sae) -> (..., d_in)."""
+        """Return reconstructions, (..., d_sae) -> (..., d_in), without a skip connection, in the scale of a layer norm."""
         return f @ self.W_dec + self.b_dec
+
+    def complete(self, x_hat: Tensor, x: Tensor) -> Tensor:
+        """See SAE."""
+        if self.cfg.skip:
+            x_hat = x_hat + x @ self.W_skip.T
+        if self.cfg.normalize_activations == "layer_norm":
+            mean, deviation = _row_moments(x)
+            x_hat = x_hat * deviation + mean
+        return x_hat
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseLatents:
@@ -48,7 +67,7 @@ class LinearSAE(SAE):
         rule, kernels, screen = self.rule(), kernels_for(x.device.type), None
         if self.W_enc.dtype != torch.float32 or x.dtype != torch.float32:
             return of_dense(self.encode(x), kernels)
-        x = x - self.b_dec if self.cfg.apply_b_dec_to_input else x
+        x = self._input(x)
         weight, bias = self.W_enc.T.detach(), self.b_enc.detach()
         if kernels.screens and len(x) >= _WORTH_A_SCREEN:
             screen = Screen.of(weight)
@@ -117,3 +136,8 @@ class LinearSAE(SAE):
         self.W_enc.mul_(norm)
         self.b_enc.mul_(norm)
         self.W_dec.div_(norm[:, None])
+
+
+def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation + 1e-5 of each row, (..., 1): OpenAI's layer norm, with the unbiased deviation."""
+    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
