@@ -98,6 +98,13 @@ class Batches:
         if len(held):
             yield held
 
+    def whereabouts(self, batch: int, row: int) -> str:
+        """Say where a row of a batch stands in the source."""
+        number = int(next(self._row_numbers(batch, None))[row])
+        place = f"row {number} of {getattr(self.source, 'path', 'the stream')}"
+        shard_rows = getattr(self.source, "shard_rows", None)
+        return place if shard_rows is None else f"{place}, in shard {number // shard_rows}"
+
     def quality(self, batches: int = 32) -> ShuffleQuality:
         """Measure how well up to `batches` batches, evenly spread over the first epoch, are mixed, beside an ideal shuffle."""
         whole = max(1, self.rows // self.batch_size)

@@ -251,12 +251,13 @@ def crossing(shape: Shape, device: str) -> list[dict[str, Any]]:
     from sae.architectures.standard import StandardSAE
     from sae.dense_or_sparse import DenseOrSparse
     from sae.ops import kernels_for
+    from sae.sae import Site
 
     x = planted(shape.batch, shape.d_in, device)
     lines = []
     for dtype, density in product(("float32", "bfloat16"), (0.001, 0.005, 0.01, 0.02, 0.05, 0.08, 0.12, 0.16, 0.2, 0.3)):
         config = TrainConfig(d_sae=shape.d_sae, steps=10, lr=1e-9, l1_coefficient=shape.l1, compute_dtype=dtype)
-        sae = StandardSAE.initialise(config, shape.d_in, x.mean(0).cpu()).to(device)
+        sae = StandardSAE.initialise(config, Site((shape.d_in,)), x.mean(0).cpu()).to(device)
         with torch.no_grad():
             z = (x[:256] - sae.b_dec) @ sae.W_enc
             sae.b_enc.fill_(-float(z.flatten().float().sort().values[int((1 - density) * z.numel())]))

@@ -155,6 +155,57 @@ def steer(
         console.print(prompt + written, markup=False)
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="an SAE of any known format: a folder, a file, a run or hf://...")],
+    to_folder: Annotated[Path, typer.Argument(metavar="DST", help="the new folder to write")],
+    to: Annotated[str, typer.Option(help="the format to write, such as saelens, sparsify or gemma_scope")],
+    from_format: Annotated[str | None, typer.Option("--from", help="the format of SRC, where its content fits several")] = None,
+) -> None:
+    """Write an SAE in another format. What that format cannot hold is refused, with those that can."""
+    from monosem.progress import console
+    from sae import SAE
+    from sae.hub import sae_folder
+
+    if to_folder.exists() and (to_folder.is_file() or any(to_folder.iterdir())):
+        raise InputError(f"{to_folder}: exists already; name a new folder")
+    sae = SAE.load(sae_folder(source) if Path(source).is_dir() else source, format=from_format)
+    sae.save(to_folder, format=to)
+    names = ", ".join(sorted(file.name for file in to_folder.iterdir()))
+    said = f"{sae.cfg.architecture}, d_in {sae.cfg.d_in}, d_sae {sae.cfg.d_sae} -> {to_folder} ({to}): {names}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def push(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_SAE", help="a run's folder, or an SAE's")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="the model repository, owner/name; it is made if need be")],
+    folder: Annotated[str, typer.Option(help="where in the repository; a repository may hold many SAEs")] = "",
+    private: Annotated[bool, typer.Option("--private", help="make the repository private, if it is made")] = False,
+    revision: Annotated[str | None, typer.Option(help="a branch, instead of main")] = None,
+) -> None:
+    """Upload an SAE to the Hugging Face hub, with a model card. Log in with `hf auth login` first, or set HF_TOKEN."""
+    from monosem.progress import console
+    from sae.hub import push as push_sae
+
+    where = push_sae(source, repo, folder=folder, private=private, revision=revision)
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def pull(
+    address: Annotated[str, typer.Argument(metavar="REPO", help="owner/name[/folder or file][@revision]")],
+    to_folder: Annotated[Path, typer.Argument(metavar="DST", help="the new folder to write")],
+) -> None:
+    """Copy an SAE from the Hugging Face hub into a folder, in whatever format it has there."""
+    from monosem.progress import console
+    from sae.hub import pull as pull_sae
+
+    pull_sae(address, to_folder)
+    names = ", ".join(sorted(file.name for file in to_folder.iterdir()))
+    console.print(f"{to_folder}: {names}", markup=False, highlight=False, soft_wrap=True)
+
+
 store_app = typer.Typer(no_args_is_help=True, help="Look after an activation store: a folder, or an fsspec URL.")
 app.add_typer(store_app, name="store")
 StorePath = Annotated[str, typer.Argument(metavar="PATH", help="the store, such as runs/demo/activations or s3://bucket/store")]

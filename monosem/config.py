@@ -49,7 +49,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         hooks = self.harvest.hooks
-        for field, hook in (("train.hook", self.train.hook), ("explain.neuron_hook", self.explain.neuron_hook)):
+        named = [("train.hook", hook) for hook in self.train.hooks] + [("train.hook_out", hook) for hook in self.train.hooks_out]
+        for field, hook in (*named, ("explain.neuron_hook", self.explain.neuron_hook)):
             if hook is not None and hook not in hooks:
                 raise ValueError(f"{field}: {hook!r} given; allowed: one of harvest.hooks, {', '.join(hooks)}")
         window, context = self.explain.window, self.data.context
@@ -64,8 +65,8 @@ class RunConfig(Section):
 
     @property
     def hook(self) -> str:
-        """The hook that the SAE is trained on."""
-        return self.train.hook or self.harvest.hooks[0]
+        """The hook that the SAE reads, the first of several."""
+        return self.train.hooks[0] if self.train.hooks else self.harvest.hooks[0]
 
     def key(self, *sections: str) -> str:
         """Return a hash of some sections: equal keys, equal settings."""

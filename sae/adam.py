@@ -65,6 +65,18 @@ class Adam:
         self._absorbed.clear()
 
     @torch.no_grad()
+    def forget(self, latents: Tensor) -> None:
+        """Set the moments of these latents' weights to 0, after the weights were changed from outside, and `refresh`."""
+        d_sae = len(next(iter(self.rows.values())).weight)
+        for name in self.weights:
+            for moment in (self.m[name], self.v[name]):
+                if name in self.rows:
+                    moment[latents] = 0
+                elif moment.shape[1] == d_sae and self.parameters[name].dim() == 1:
+                    moment[0, latents] = 0
+        self.refresh()
+
+    @torch.no_grad()
     def absorb(self) -> None:
         """Evaluate the terms that operations have left so far, so that what they are made of may go.
 

@@ -16,31 +16,34 @@ from sae.config import TrainConfig
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after `step` steps: the SAE's state, the optimiser's, how long each latent has been idle, and which path it took."""
+    """A run after `step` steps: the SAE's state, the optimiser's, how long each latent has been idle,
+    where the controller of the sparsity penalty stands, and which path it took."""
 
     step: int
-    scale: float
+    scales: list[float]
     dense: bool
     density: float
     weights: dict[str, Tensor]
     adam: dict[str, Tensor]
     tokens_idle: Tensor
+    coefficient: Tensor
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, config: TrainConfig) -> None:
-    """Write it as folder/step-NNNNNNNNN, whole or not at all, and remove the ones before."""
-    tensors = {"tokens_idle": checkpoint.tokens_idle}
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, config: TrainConfig) -> Path:
+    """Write it as folder/step-NNNNNNNNN, whole or not at all, remove the ones before, and return where it is."""
+    tensors = {"tokens_idle": checkpoint.tokens_idle, "coefficient": checkpoint.coefficient}
     tensors |= {f"weights.{name}": value.detach() for name, value in checkpoint.weights.items()}
     tensors |= {f"adam.{name}": value for name, value in checkpoint.adam.items()}
     path = folder / f"step-{checkpoint.step:09d}"
     with folder_aside(path) as aside:
         save_file({name: value.contiguous() for name, value in tensors.items()}, aside / "state.safetensors")
-        facts = {"step": checkpoint.step, "scale": checkpoint.scale, "dense": checkpoint.dense,
+        facts = {"step": checkpoint.step, "scales": checkpoint.scales, "dense": checkpoint.dense,
                  "density": checkpoint.density}  # fmt: skip
         (aside / "state.json").write_text(json.dumps({**facts, "config": config.model_dump(mode="json")}))
     for other in folder.glob("step-*"):
         if other != path:
             shutil.rmtree(other)
+    return path
 
 
 def last_checkpoint(folder: Path | None, config: TrainConfig) -> Checkpoint | None:
@@ -60,5 +63,6 @@ def last_checkpoint(folder: Path | None, config: TrainConfig) -> Checkpoint | No
         return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
 
     return Checkpoint(
-        facts["step"], facts["scale"], facts["dense"], facts["density"], of("weights."), of("adam."), tensors["tokens_idle"]
+        facts["step"], facts["scales"], facts["dense"], facts["density"], of("weights."), of("adam."), tensors["tokens_idle"],
+        tensors["coefficient"],
     )  # fmt: skip

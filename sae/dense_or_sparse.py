@@ -12,8 +12,8 @@ from torch import Tensor
 from sae.adam import Adam
 from sae.architectures.auxk import Dead
 from sae.config import TrainConfig
-from sae.ops import DenseOps, Ops, TooDense
-from sae.sae import SAE, TrainingLoss
+from sae.ops import DenseOps, TooDense
+from sae.sae import SAE, Moment, TrainingLoss
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +80,12 @@ class DenseOrSparse:
         self.enter, self.leave = LIMITS.get(device, LIMITS["cpu"])[config.compute_dtype] if config.k is None else (1.0, 1.0)
         self.dense = config.k is None if dense is None else dense
         self.density = self.leave if density is None else density  # of the last step
-        self._dense_ops = DenseOps(getattr(torch, config.compute_dtype)) if self._reference else optimizer.dense_ops()
+        plain = DenseOps(getattr(torch, config.compute_dtype)) if self._reference else None
+        self._dense_ops = plain or optimizer.dense_ops()
         self._sparse_ops = optimizer.sparse_ops(room=self.leave)
 
     def backward(
-        self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, dead: Callable[[], Dead | None], step: int
+        self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: Tensor | float, dead: Callable[[], Dead | None], step: int
     ) -> Step:
         """Compute the loss of x and leave its gradients for the optimiser."""
         found: Step | None = None
@@ -92,27 +93,25 @@ class DenseOrSparse:
             self._sparse_ops.room = min(self.leave, 2 ** (math.ceil(4 * math.log2(1.5 * max(self.density, 1e-9))) / 4))
         if not (self.dense or self._reference):
             try:
-                found = self._backward(sae, x, config, coefficient, self._sparse_ops, dead)
+                found = self._backward(sae, x, Moment(config, coefficient, self._sparse_ops, dead, step))
                 entries = self._sparse_ops.entries()  # on CUDA this waits for the selection only; what follows it is queued
             except TooDense:
                 self._optimizer.clear()
                 found = None
         if found is None:
-            found = self._backward(sae, x, config, coefficient, self._dense_ops, dead)
+            found = self._backward(sae, x, Moment(config, coefficient, self._dense_ops, dead, step))
             entries = self._dense_ops.entries()
-        self.density = entries / max(1, len(x) * config.d_sae)
+        self.density = entries / max(1, len(x) * sae.cfg.d_sae)
         found = replace(found, density=self.density)
         if not self._reference:
             self._choose(found.density, step)
         return found
 
-    def _backward(
-        self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: float, ops: Ops, dead: Callable[[], Dead | None]
-    ) -> Step:
+    def _backward(self, sae: SAE, x: Tensor, now: Moment) -> Step:
         """Backpropagate the loss of x, a few rows at a time where the loss allows it."""
-        sparse, size = ops is self._sparse_ops, max(1, len(x))
-        if sae.rowwise:
-            size = part_rows(config.d_sae, x.device.type, self.density if sparse else None)
+        sparse, size = now.ops is self._sparse_ops, max(1, len(x))
+        if sae.rowwise(now.config):
+            size = part_rows(now.config.d_sae, x.device.type, self.density if sparse else None)
         # what is left joins the last part: by itself, a few rows may be too dense in a batch that is not
         cuts = [*range(0, max(1, len(x) // size) * size, size), len(x)]
         parts = [x[begin:end] for begin, end in pairwise(cuts)]
@@ -122,11 +121,11 @@ class DenseOrSparse:
             if number > 0:
                 self._optimizer.absorb()
             del out  # so that no two parts are there at once
-            out = sae.training_loss(part, config, coefficient, ops, dead)
+            out = sae.training_loss(part, now)
             share = len(part) / max(1, len(x))
             (out.loss * share if share != 1 else out.loss).backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
-                counts = counts + out.latents.latent_counts()
+                counts = counts + out.counts()
                 names = list(out.parts)
                 scalars = [out.loss, out.mse, out.l1, *out.parts.values()]
                 sums.append(torch.stack([*(share * s.detach().float() for s in scalars), out.error.sum()]))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from activation_store.files import append_json_line, read_json_lines, write_json_lines
+from sae.health import Watch
 
 
 class MetricsLog:
@@ -18,6 +19,7 @@ class MetricsLog:
         self.path, self.last = path, dict[str, float | None]()
         self._pending: tuple[int, int, list[str], Tensor, torch.cuda.Event | None, dict[str, float]] | None = None
         self._clock, self._tokens = time.perf_counter(), tokens
+        self._watch, self.fine = Watch(), True  # whether every loss written so far was finite
         self.waited = 0.0  # seconds since the last logged step that the loop stood still for want of a batch
         if path is not None:  # drop what was logged after the checkpoint that we resume from
             kept = [line for line in read_json_lines(path) if line["step"] <= start]
@@ -38,7 +40,7 @@ class MetricsLog:
         self._pending = (step, tokens, list(figures), host, arrived, {**facts, "tokens_per_second": rate, "waiting": waiting})
 
     def flush(self) -> None:
-        """Write what was taken last. Raises FloatingPointError, naming the step, where its loss is not finite."""
+        """Write what was taken last, with a `warning` where it looks wrong."""
         if self._pending is None:
             return
         step, tokens, names, host, arrived, facts = self._pending
@@ -46,9 +48,10 @@ class MetricsLog:
         if arrived is not None:
             arrived.synchronize()  # long past: it was recorded a whole log ago
         values = dict(zip(names, host.tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']} at step {step}; lower train.lr or check the activations")
+        self.fine = self.fine and math.isfinite(values["loss"])
+        warning = self._watch.look(step, values)
         # explained variance has no value on a batch that does not vary
         self.last = {name: value if math.isfinite(value) else None for name, value in values.items()}
         if self.path is not None:
-            append_json_line(self.path, {"step": step, "tokens": tokens, **self.last, **facts})
+            said = {} if warning is None else {"warning": warning}
+            append_json_line(self.path, {"step": step, "tokens": tokens, **self.last, **facts, **said})

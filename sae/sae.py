@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from activation_store.errors import InputError
-from sae.ops import Latents, Ops, SparseLatents, kernels_for
+from sae.ops import DenseOps, Latents, Ops, SparseLatents, kernels_for
 from sae.ops.latents import of_dense
 
 if TYPE_CHECKING:
     from sae.architectures.auxk import Dead
     from sae.config import TrainConfig
+    from sae.dense_or_sparse import Step
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class SAEConfig:
     `k` is the number of latents a token that TopK fires; None elsewhere. A transcoder reads `hook_name` and predicts
     `hook_name_out`, `d_out` wide (None: d_in, as in an SAE); with `skip` it also has W_skip (d_out, d_in), which goes past
     the latents. `normalize_activations` "layer_norm" brings each token to mean 0 and standard deviation 1 before it is
-    encoded, and its reconstruction back (OpenAI's TopK SAEs).
+    encoded, and its reconstruction back (OpenAI's TopK SAEs). A crosscoder reads several hooks, `hook_names`, whose
+    activations stand side by side in x, `widths` wide; `widths_out` are those of what a cross-layer transcoder predicts.
     """
 
     architecture: str
@@ -39,11 +40,33 @@ class SAEConfig:
     hook_name_out: str | None = None
     skip: bool = False
     normalize_activations: Literal["none", "layer_norm"] = "none"
+    hook_names: tuple[str, ...] = ()
+    hook_names_out: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    widths_out: tuple[int, ...] = ()
 
     @property
     def width_out(self) -> int:
         """The width of reconstructions."""
         return self.d_in if self.d_out is None else self.d_out
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is read and predicted: widths of one hook or of several, and, of transcoders, those of what they predict."""
+
+    widths: tuple[int, ...]
+    widths_out: tuple[int, ...] = ()
+
+    @property
+    def d_in(self) -> int:
+        """The width of all that is read."""
+        return sum(self.widths)
+
+    @property
+    def d_out(self) -> int | None:
+        """The width of all that is predicted, where that is something else."""
+        return sum(self.widths_out) or None
 
 
 HISTOGRAM_EDGES: list[float] = [2.0 ** (i / 2) for i in range(-20, 41)]  # 2^-10 to 2^20, two bins an octave
@@ -64,10 +87,26 @@ class LatentStatistics:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """Where training stands, and what its loss is computed with.
+
+    `coefficient` is the sparsity penalty's now. `ops` computes, plain dense autograd by default. `dead` tells which latents
+    have not fired for long; it is asked last, when the batch's own work is queued.
+    """
+
+    config: "TrainConfig"
+    coefficient: Tensor | float = 0.0
+    ops: Ops = field(default_factory=DenseOps)
+    dead: "Callable[[], Dead | None]" = lambda: None
+    step: int = 0
+
+
+@dataclass(frozen=True)
 class TrainingLoss:
     """One step's loss and what it is made of: scalars on the device, but `latents`, and `error`, ||x - x_hat||^2 (batch,).
 
-    `parts` are further scalars worth logging.
+    `parts` are further scalars worth logging. Where several encoders read several hooks, `latents` are the first's and `others`
+    those of the rest.
     """
 
     loss: Tensor
@@ -75,6 +114,25 @@ class TrainingLoss:
     l1: Tensor
     latents: Latents
     error: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    others: tuple[Latents, ...] = ()
+
+    def counts(self) -> Tensor:
+        """Return on how many rows each latent fired, (d_sae,) int64."""
+        return torch.cat([f.latent_counts() for f in (self.latents, *self.others)])
+
+
+@dataclass(frozen=True)
+class Fired:
+    """What a batch fires, and what a training loss gets for it besides the error of its reconstruction.
+
+    `penalty` has its coefficient in it; `l1` is the mean over the batch of the latents' sum, for the log; `parts` as in
+    TrainingLoss.
+    """
+
+    latents: Latents
+    penalty: Tensor | float
+    l1: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -92,7 +150,6 @@ class SAE(nn.Module):
     """
 
     architecture: ClassVar[str]
-    rowwise: ClassVar[bool] = False  # the loss is a mean over rows of what each row alone decides
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
@@ -140,22 +197,23 @@ class SAE(nn.Module):
     # Training; only architectures that can be trained have these
 
     @classmethod
-    def initialise(cls, config: "TrainConfig", d_in: int, mean: Tensor) -> "SAE":
-        """Return a fresh SAE on the CPU, a pure function of config.seed; `mean` (d_in) is of the scaled inputs."""
+    def initialise(cls, config: "TrainConfig", site: "Site", mean: Tensor) -> "SAE":
+        """Return a fresh SAE on the CPU, a pure function of config.seed; `mean` (d_out) is of what it is to predict, scaled."""
         raise NotImplementedError
 
-    def training_loss(
-        self, x: Tensor, config: "TrainConfig", coefficient: Tensor | float, ops: Ops | None = None,
-        dead: "Callable[[], Dead | None] | None" = None,
-    ) -> TrainingLoss:  # fmt: skip
-        """Return the loss on scaled inputs x (batch, d_in) with the current sparsity coefficient.
+    def sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is encoded and what is to be predicted, of a training batch."""
+        return x, x
 
-        `ops` computes it, plain dense autograd by default. `dead` tells which latents have not fired for long; it is asked
-        last, when the batch's own work is queued.
-        """
+    def training_loss(self, x: Tensor, now: Moment) -> TrainingLoss:
+        """Return the loss on scaled inputs x (batch, d_in); of a transcoder x is (batch, d_in + d_out), input and target."""
         raise NotImplementedError
 
-    def after_step(self, config: "TrainConfig", out: TrainingLoss) -> None:
+    def rowwise(self, config: "TrainConfig") -> bool:
+        """Say whether the loss is a mean over rows of what each row alone decides: then a batch may be taken in parts."""
+        return False
+
+    def after_step(self, config: "TrainConfig", found: "Step") -> None:
         """Bring up to date what is not learnt by gradients, such as a running threshold."""
 
     def finished(self) -> "SAE":
@@ -170,33 +228,42 @@ class SAE(nn.Module):
         """Return decoder matrices by parameter name, as views by latent, (d_sae, d_in) contiguous."""
         raise NotImplementedError
 
-    def fold_scale(self, scale: float) -> None:
-        """Fold an input scaling into the weights: afterwards the SAE takes x where it was trained on scale * x."""
+    def fold_scale(self, scale: float | Tensor, scale_out: float | Tensor | None = None) -> None:
+        """Fold scalings into the weights: afterwards the SAE takes x where it was trained on scale * x.
+
+        A number, or (d_in,) of one a column; a transcoder was trained to predict scale_out * y.
+        """
         raise NotImplementedError
 
     # Saving and loading
 
     def save(self, path: str | Path, format: str = "saelens") -> None:
-        """Write the SAE as a folder, atomically. Raises InputError for an unknown format."""
-        from sae.formats import FORMATS
+        """Write the SAE as a folder of one of `sae.formats.FORMATS`, atomically, over what lies there.
 
-        if format not in FORMATS:
-            raise InputError(f"format: {format!r} given; allowed: {', '.join(FORMATS)}")
-        FORMATS[format].save(self, Path(path))
+        Raises InputError for an unknown format, and for one that has no place for something this SAE has, naming it.
+        """
+        from sae.formats import save_sae
+
+        save_sae(self, Path(path), format)
 
     @staticmethod
-    def load(path: str | Path, device: str | torch.device = "cpu") -> "SAE":
-        """Load an SAE folder of any known format, detected by content; its weights take no gradient.
+    def load(
+        path: str | Path, device: str | torch.device = "cpu", format: str | None = None, dtype: str | None = None
+    ) -> "SAE":
+        """Load an SAE of any known format, detected by content; its weights take no gradient.
 
-        Raises InputError where the folder holds none that is known, or one that is not consistent with itself.
+        `path` is a folder, a file of tensors, or hf://owner/repository[/folder or file][@revision]. `format` settles what
+        content leaves open. Weights have the dtype that the SAE's config names and float32 where it names none, whatever the
+        file holds; `dtype` asks for another. Nothing is unpickled. Raises InputError where no known format, or more than one,
+        matches, and where an SAE is not consistent with itself or would be read wrongly.
         """
-        from sae.formats import FORMATS
+        from sae.formats import load_sae
 
-        path = Path(path)
-        matching = [format for format in FORMATS.values() if format.detect(path)]
-        if len(matching) != 1:
-            raise InputError(f"{path}: {len(matching)} known SAE formats match; known: {', '.join(FORMATS)}")
-        return matching[0].load(path).to(device).eval().requires_grad_(False)
+        if str(path).startswith("hf://"):
+            from sae.hub import fetch
+
+            path = fetch(str(path))
+        return load_sae(Path(path), format, dtype).to(device).eval().requires_grad_(False)
 
     def with_metadata(self, **facts: Any) -> "SAE":
         """Add facts to the metadata, in place, and return self; `hook_name` goes to its own field."""

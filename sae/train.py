@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -15,43 +15,52 @@ from activation_store.subject import pick_device
 from sae.adam import Adam
 from sae.architectures import ARCHITECTURES
 from sae.architectures.auxk import IdleTokens
+from sae.architectures.cross_layer import CrossLayerTranscoder
+from sae.architectures.linear import LinearSAE
+from sae.architectures.resample import due, resample
 from sae.checkpoints import Checkpoint, last_checkpoint, save_checkpoint
+from sae.coefficient import Coefficient
 from sae.config import TrainConfig
 from sae.dense_or_sparse import DenseOrSparse, Step
+from sae.health import Finite
 from sae.metrics import MetricsLog
 from sae.ops import kernels_for
 from sae.ops.float8 import in_hardware
-from sae.sae import SAE
+from sae.sae import SAE, Site
+
+Batch = Tensor | Sequence[Tensor]
 
 
 @runtime_checkable
 class Seekable(Protocol):
     """Batches that can start anywhere, such as `ActivationStore.batches(...)`."""
 
-    def stream(self, start: int) -> Iterator[Tensor]:
+    def stream(self, start: int) -> Iterator[Batch]:
         """Yield batches `start`, `start` + 1, ... without end."""
 
 
 def train(
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     config: TrainConfig,
     *,
-    mean: Tensor | None = None,
-    mean_norm: float | None = None,
+    mean: Tensor | Sequence[Tensor] | None = None,
+    mean_norm: float | Sequence[float] | None = None,
     checkpoints: Path | None = None,
     metrics: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> SAE:
     """Train one SAE on (batch, d_in) tensors of raw activations and return it with all scaling folded in.
 
-    batches: any iterable; one that ends is started over, and `Seekable` ones are drawn from by batch number.
-    mean (d_in) and mean_norm = E||x|| of the raw activations set the input scale sqrt(d_in) / E||x|| and the initial
-    b_dec; where they are not given, they are taken from the first batch. With `checkpoints` (a folder), training resumes
-    from the last one there and ends in the same weights, bit for bit, as if it had never stopped. `metrics` is a
-    .jsonl file that gets one object a logged step.
+    batches: any iterable; one that ends is started over, and `Seekable` ones are drawn from by batch number. Where several
+    hooks are read or predicted (see TrainConfig), a batch is a sequence of tensors with equal rows, those read first.
+    mean (d_in) and mean_norm = E||x|| of the raw activations, one for each tensor of a batch, set the scale sqrt(d) / E||x|| of
+    each and the initial b_dec; where they are not given, they are taken from the first batch. With `checkpoints` (a
+    folder), training resumes from the last one there and ends in the same weights, bit for bit, as if it had never
+    stopped. `metrics` is a .jsonl file that gets one object a logged step.
 
     Raises InputError where config and batches do not fit, where batches run out, or where a checkpoint has another
-    config; FloatingPointError, naming the step, when the loss is not finite.
+    config; FloatingPointError when a loss is not finite, naming step, row and, of a store, shard of what it comes from: what
+    was saved before stays. It is looked for every `log_every` steps and before each checkpoint.
     """
     device = pick_device(config.device)
     kernels = kernels_for(device.type, config.kernels == "reference")
@@ -61,20 +70,17 @@ def train(
     saved = last_checkpoint(checkpoints, config)
     start = saved.step if saved else 0
     stream = _stream(batches, start, config.steps)
-    first = next(stream)
-    d_in = int(first.shape[1])
-    if config.d_in not in (None, d_in):
-        raise InputError(f"train.d_in: {config.d_in} given, but the activations are {d_in} wide")
-
+    first = _tensors(next(stream))
+    site = _site(first, config)
     if saved is None:
-        norm = float(first.norm(dim=1).mean()) if mean_norm is None else mean_norm
-        if not math.isfinite(norm) or norm <= 0:
-            raise InputError(f"batches: the mean activation norm is {norm}; the activations are empty, zero or not finite")
-        scale = math.sqrt(d_in) / norm if config.normalize_inputs else 1.0
-        centre = (first.mean(0) if mean is None else mean.float()) * scale
+        means, norms = _moments(first, mean, mean_norm)
+        scales = [math.sqrt(len(m)) / n if config.normalize_inputs else 1.0 for m, n in zip(means, norms, strict=True)]
+        read = len(site.widths) if site.widths_out else 0  # what is predicted stands behind
+        centre = torch.cat([m * s for m, s in zip(means[read:], scales[read:], strict=True)])
     else:
-        scale, centre = saved.scale, torch.zeros(d_in)
-    sae = ARCHITECTURES[config.architecture].initialise(config, d_in, centre if config.center_inputs else torch.zeros(d_in))
+        scales, centre = saved.scales, torch.zeros(site.d_out or site.d_in)
+    kind = CrossLayerTranscoder if len(site.widths_out) > 1 else ARCHITECTURES[config.architecture]
+    sae = kind.initialise(config, site, centre if config.center_inputs else torch.zeros_like(centre))
     if saved is not None:
         sae.load_state_dict(saved.weights)
     sae.to(device)
@@ -85,38 +91,58 @@ def train(
     )  # fmt: skip
     if saved is not None:
         optimizer.restore(saved.adam)
-    tokens_idle = torch.zeros(config.d_sae, dtype=torch.int64) if saved is None else saved.tokens_idle
+    tokens_idle = torch.zeros(sae.cfg.d_sae, dtype=torch.int64) if saved is None else saved.tokens_idle
     idle = IdleTokens(tokens_idle.to(device), config.dead_window_tokens)
     way = DenseOrSparse(config, optimizer, saved.dense, saved.density) if saved else DenseOrSparse(config, optimizer)
+    coefficient = Coefficient(config, device, saved.coefficient if saved else None)
     log = MetricsLog(metrics, start, start * config.batch_size)
+    finite, resampled = Finite(start, device), 0
+    last = None if saved is None else str(checkpoints)
 
     for step in range(start, config.steps):
         asked = time.perf_counter()
-        x = first if step == start else next(stream)
+        tensors = first if step == start else _tensors(next(stream))
         log.waited += time.perf_counter() - asked
-        x = x.to(device, non_blocking=True) * scale
+        scaled = [t.to(device, non_blocking=True) * s for t, s in zip(tensors, scales, strict=True)]
+        x = scaled[0] if len(scaled) == 1 else torch.cat(scaled, dim=1)
         lr = config.lr * learning_rate_factor(step, config)
-        coefficient = config.l1_coefficient * l1_factor(step, config)
+        strength = coefficient.at(step)
 
-        out = way.backward(sae, x, config, coefficient, idle.dead, step)
+        out = way.backward(sae, x, config, strength, idle.dead, step)
+        finite.add(out.loss)
         optimizer.step(lr)
-        sae.after_step(config, out.last)
+        sae.after_step(config, out)
         idle.update(out.counts, len(x))
+        coefficient.update(out.counts.sum(), len(x))
+        if due(config, step) and isinstance(sae, LinearSAE):
+            error = out.last.error  # of the batch's last part
+            resampled += resample(sae, optimizer, idle, x[len(x) - len(error) :], error, config, step)
 
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
-            facts = {"lr": lr, "l1_coefficient": coefficient, "sparse": float(out.sparse)}
-            log.add(step + 1, (step + 1) * config.batch_size, _measure(x, out, idle), facts)
+            figures = _measure(sae.sides(x)[1], out, idle) | {"coefficient": torch.as_tensor(strength, device=device)}
+            facts = {"lr": lr, "sparse": float(out.sparse), **({"resampled": resampled} if resampled else {})}
+            log.add(step + 1, (step + 1) * config.batch_size, figures, facts)
+            resampled = 0
+            if not log.fine:
+                finite.check(step + 1, batches, last)
         progress((step + 1) * config.batch_size, config.steps * config.batch_size)
         if checkpoints is not None and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
             log.flush()
-            state = Checkpoint(step + 1, scale, way.dense, way.density, sae.state_dict(), optimizer.state(), idle.tokens)
-            save_checkpoint(checkpoints, state, config)
+            finite.check(step + 1, batches, last)
+            state = Checkpoint(step + 1, scales, way.dense, way.density, sae.state_dict(), optimizer.state(), idle.tokens,
+                               coefficient.state)  # fmt: skip
+            last = str(save_checkpoint(checkpoints, state, config))
         del out  # what it was computed from is not kept while the next step is computed
 
     log.flush()
+    finite.check(config.steps, batches, last)
     sae = sae.finished()
-    sae.fold_scale(scale)
-    training = {"steps": config.steps, "tokens": config.steps * config.batch_size, "input_scale": scale, **log.last}
+    if len(scales) == 1:
+        sae.fold_scale(scales[0])
+    else:
+        columns = torch.cat([torch.full((t.shape[1],), s) for t, s in zip(first, scales, strict=True)]).to(device)
+        sae.fold_scale(columns[: site.d_in], columns[site.d_in :] if site.d_out else None)
+    training = {"steps": config.steps, "tokens": config.steps * config.batch_size, "input_scale": scales[0], **log.last}
     sae.with_metadata(training=training, train_config=config.model_dump(mode="json"))
     return sae.cpu().eval().requires_grad_(False)
 
@@ -133,12 +159,38 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return min(1.0, (step + 1) / warm, (config.steps - step) / decay)
 
 
-def l1_factor(step: int, config: TrainConfig) -> float:
-    """Return the share of config.l1_coefficient at `step`: linear warm-up (April 2024 update: over the first 5 %)."""
-    return min(1.0, (step + 1) / max(1, round(config.steps * config.l1_warmup_fraction)))
+def _tensors(batch: Batch) -> tuple[Tensor, ...]:
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch)
 
 
-def _stream(batches: Iterable[Tensor], start: int, steps: int) -> Iterator[Tensor]:
+def _site(tensors: Sequence[Tensor], config: TrainConfig) -> Site:
+    """Return what the tensors of a batch are. Raises InputError where they are not what the config reads and predicts."""
+    widths = tuple(int(t.shape[1]) for t in tensors)
+    wanted = max(len(config.hooks), 1) + len(config.hooks_out)
+    if len(widths) != wanted and (config.hooks or len(widths) != 1):
+        raise InputError(f"batches: {len(widths)} tensors a batch, but train.hook and train.hook_out name {wanted} hooks")
+    read = widths[: len(widths) - len(config.hooks_out)]
+    if config.d_in not in (None, sum(read)):
+        raise InputError(f"train.d_in: {config.d_in} given, but the activations are {sum(read)} wide")
+    return Site(read, widths[len(read) :])
+
+
+def _moments(
+    first: Sequence[Tensor], mean: Tensor | Sequence[Tensor] | None, mean_norm: float | Sequence[float] | None
+) -> tuple[list[Tensor], list[float]]:
+    """Return mean and mean norm of each tensor of a batch, of the first one where they are not given."""
+    means = [t.mean(0) for t in first] if mean is None else [m.float() for m in _tensors(mean)]
+    if mean_norm is None:
+        norms = [float(t.norm(dim=1).mean()) for t in first]
+    else:
+        norms = [mean_norm] if isinstance(mean_norm, int | float) else list(mean_norm)
+    for norm in norms:
+        if not math.isfinite(norm) or norm <= 0:
+            raise InputError(f"batches: the mean activation norm is {norm}; the activations are empty, zero or not finite")
+    return means, norms
+
+
+def _stream(batches: Iterable[Batch], start: int, steps: int) -> Iterator[Batch]:
     """Yield batches from number `start` on, starting an iterable that ends over again."""
     if isinstance(batches, Seekable):
         yield from batches.stream(start)

@@ -119,7 +119,7 @@ def loss(ops, p, x, rule=None, auxk=False, norms=False):
         total = total + f.dot(ops.norms(p.W_dec)).mean()
     if auxk:
         dead = Dead(torch.tensor([50, 3, 17, 5]), torch.tensor([True, True, False, True]))
-        total = total + auxk_loss(x, out.residual, dead, 2, ops, p.W_enc, p.b_enc, p.W_dec, p.b_dec)
+        total = total + auxk_loss(x, x, out.residual, dead, 2, ops, p.W_enc, p.b_enc, p.W_dec, p.b_dec)
     return total
 
 

@@ -173,7 +173,7 @@ def revived(ops, p, x, f):
     out = ops.reconstruct(f, p.W_dec, p.b_dec, x)
     dead = Dead(torch.tensor([40, 3, 17, 5, 30, 31, 32, 33]), torch.tensor([True, False, True, True, True, True, True, True]))
     x = x.detach()
-    return mean(out.error) + auxk_loss(x, out.residual, dead, 2, ops, p.W_enc, p.b_enc, p.W_dec, p.b_dec)
+    return mean(out.error) + auxk_loss(x, x, out.residual, dead, 2, ops, p.W_enc, p.b_enc, p.W_dec, p.b_dec)
 
 
 def all_at_once(ops, p, x, f):

@@ -24,7 +24,7 @@ from sae.architectures.topk import TopKSAE
 from sae.dense_or_sparse import LIMITS, DenseOrSparse, part_rows
 from sae.ops import kernels_for
 from sae.ops.kernels import DenseTerm
-from sae.sae import SAEConfig
+from sae.sae import SAEConfig, Site
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_with_a_bfloat16_product_training_ends_close(kind):
 def test_a_batch_that_is_not_finite_is_named_with_its_step(architecture):
     batches = planted()
     batches[7] = batches[7] * float("nan")
-    with pytest.raises(FloatingPointError, match="loss is nan at step 8"):
+    with pytest.raises(FloatingPointError, match="step 8, row 0 of the batch has nan in column 0"):
         train(batches, config(architecture))
 
 
@@ -262,7 +262,7 @@ def test_a_step_that_is_too_dense_is_computed_again_and_is_the_references(count)
 def test_batches_much_larger_than_the_last_do_not_keep_batchtopk_dense():
     """The cut of a batch suggests where to look in the next one; where it misleads, it must be found anew."""
     c = config("batchtopk", d_sae=100, k=5)
-    sae = ARCHITECTURES["batchtopk"].initialise(c, 16, torch.zeros(16))
+    sae = ARCHITECTURES["batchtopk"].initialise(c, Site((16,)), torch.zeros(16))
     adam = adam_of(sae, c)
     way, sparse = DenseOrSparse(c, adam), []
     for step in range(8):
@@ -337,7 +337,7 @@ def test_dense_steps_without_autograds_weight_gradients_are_the_references(archi
     x, found = 1 + torch.randn(64, 16, generator=torch.Generator().manual_seed(3)), []  # around 1: no gradient is near zero
     for kernels in ("auto", "reference"):
         c = c.model_copy(update={"kernels": kernels})
-        sae = ARCHITECTURES[architecture].initialise(c, 16, torch.zeros(16))
+        sae = ARCHITECTURES[architecture].initialise(c, Site((16,)), torch.zeros(16))
         adam = Adam(
             dict(sae.named_parameters()), sae.encoders(), sae.decoders(), kernels_for("cpu", kernels == "reference"),
             betas=c.adam_betas, max_norm=c.max_grad_norm, unit=c.unit_norm_decoder, compute_dtype=dtype,
@@ -453,8 +453,8 @@ def test_auxk_revives_dead_latents(tmp_path, monkeypatch):
     """All but 12 of 64 latents start too weak to be among the two largest, though 30 atoms are there to be found."""
     original = TopKSAE.initialise.__func__
 
-    def weak(cls, config, d_in, mean):
-        sae = original(cls, config, d_in, mean)
+    def weak(cls, config, site, mean):
+        sae = original(cls, config, site, mean)
         with torch.no_grad():
             sae.W_enc[:, 12:] *= 0.05
         return sae
@@ -475,7 +475,7 @@ def test_auxk_revives_dead_latents(tmp_path, monkeypatch):
 def test_auxk_reaches_the_encoder_columns_of_dead_latents(kernels):
     c = config(k=2, auxk_coefficient=0.5, kernels=kernels)
     x = planted(1)[0]
-    sae = ARCHITECTURES["topk"].initialise(c, 16, x.mean(0))
+    sae = ARCHITECTURES["topk"].initialise(c, Site((16,)), x.mean(0))
     with torch.no_grad():
         sae.b_enc[:10] = -0.2  # these ten never are among the largest
         sae.W_enc[:, :10] *= 0.3
@@ -618,7 +618,7 @@ def test_a_sparse_step_never_has_a_matrix_of_batch_by_latents(architecture):
     batch, d_sae, chunk = 8192, 256, 1024
     c = config(architecture, d_sae=d_sae, batch_size=batch)
     x = torch.randn(batch, 8, generator=torch.Generator().manual_seed(0))
-    sae = ARCHITECTURES[architecture].initialise(c, 8, torch.zeros(8))
+    sae = ARCHITECTURES[architecture].initialise(c, Site((8,)), torch.zeros(8))
     with torch.no_grad():
         sae.b_enc.fill_(-0.2 if architecture == "standard" else 0.0)
     adam = adam_of(sae, c)
@@ -627,7 +627,7 @@ def test_a_sparse_step_never_has_a_matrix_of_batch_by_latents(architecture):
         with Largest() as largest:
             found = way.backward(sae, x, c, 1.0, lambda: None, step)
             adam.step(1e-3)
-            sae.after_step(c, found.last)
+            sae.after_step(c, found)
         assert found.sparse
         assert 0 < found.density < 0.14
         if architecture != "batchtopk" or step:  # whose first batch may look at all to find the cut

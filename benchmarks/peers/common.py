@@ -23,13 +23,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from safetensors.torch import load_file
 
-ARCHITECTURES = ("standard", "topk", "batchtopk")
+ARCHITECTURES = ("standard", "topk", "batchtopk", "jumprelu")
 L0_EVERY = 10
 
 
 @dataclass(frozen=True)
 class Job:
-    """`options` overrides settings that a peer chooses for speed, to measure the choice."""
+    """`options` overrides settings that a peer has by default or chooses for speed; `save` is a folder for what was trained."""
 
     architecture: str
     d_in: int
@@ -45,6 +45,7 @@ class Job:
     k: int = 0
     l1_coefficient: float = -1.0
     options: dict[str, Any] = field(default_factory=dict)
+    save: str = ""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -58,7 +59,7 @@ class Job:
         if self.architecture == "standard":
             if self.l1_coefficient < 0:
                 raise SystemExit("job.l1_coefficient: the standard architecture needs one")
-        elif not isinstance(self.k, int) or not 1 <= self.k <= self.d_sae:
+        elif self.architecture != "jumprelu" and (not isinstance(self.k, int) or not 1 <= self.k <= self.d_sae):
             raise SystemExit(f"job.k: {self.k!r} is no whole number from 1 to {self.d_sae}, which {self.architecture} needs")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise SystemExit("job.device: there is no CUDA device")
@@ -70,13 +71,13 @@ class Job:
         known = {f.name for f in fields(cls)}
         if found.keys() - known:
             raise SystemExit(f"job: unknown {', '.join(sorted(found.keys() - known))}")
-        missing = [name for name in known - {"k", "l1_coefficient", "options"} if name not in found]
+        missing = [name for name in known - {"k", "l1_coefficient", "options", "save"} if name not in found]
         if missing:
             raise SystemExit(f"job: lacks {', '.join(sorted(missing))}")
         return cls(**found)
 
     def choose(self, **defaults: Any) -> dict[str, Any]:
-        """Return a peer's choices for speed, those that the job overrides replaced."""
+        """Return a peer's settings, those that the job overrides replaced."""
         if self.options.keys() - defaults.keys():
             raise SystemExit(f"job.options: {', '.join(sorted(self.options.keys() - defaults.keys()))} cannot be chosen here")
         return defaults | self.options

@@ -17,6 +17,10 @@ TRAINERS = {"standard": StandardTrainerAprilUpdate, "topk": TopKTrainer, "batcht
 
 
 def check(job: Job) -> None:
+    if job.architecture not in TRAINERS:
+        raise SystemExit(f"job.architecture: {job.architecture!r} is not timed here; {', '.join(TRAINERS)} are")
+    if job.save:
+        raise SystemExit("job.save: dictionary_learning is timed, and saves nothing here")
     if job.dtype == "bfloat16" and job.device == "cpu":  # training.py, 141: `nullcontext() if device_type == "cpu"`
         raise SystemExit("job.dtype: dictionary_learning autocasts on CUDA alone")
 

@@ -33,6 +33,8 @@ class Activations(nn.Module):
 def check(job: Job) -> None:
     if job.architecture != "topk":
         raise SystemExit(f"job.architecture: sparsify trains topk alone, not {job.architecture}")
+    if job.save:
+        raise SystemExit("job.save: sparsify is timed, and saves nothing here")
     autocasts = job.device == "cuda" and torch.cuda.is_bf16_supported()  # sparse_coder.py, 205-209: no option
     if autocasts != (job.dtype == "bfloat16"):
         raise SystemExit(f"job.dtype: on this device sparsify has {'bfloat16 autocast' if autocasts else 'float32'} alone")

@@ -1,4 +1,4 @@
-"""AuxK: dead latents learn to model what the others leave (Gao et al. 2024, appendix A.2)."""
+"""Losses that revive dead latents: AuxK (Gao et al. 2024, appendix A.2) and ghost gradients (Jermyn & Templeton 2024)."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sae.ops import Ops
-from sae.ops.training import HostCount
+from sae.ops.training import HostCount, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ class IdleTokens:
 
 
 def auxk_loss(
-    x: Tensor, residual: Tensor, dead: Dead, k: int, ops: Ops, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor | None
-) -> Tensor:
+    x: Tensor, target: Tensor, residual: Tensor, dead: Dead, k: int, ops: Ops, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
+    b_dec: Tensor | None,
+) -> Tensor:  # fmt: skip
     """Return the squared error, mean over the batch, of modelling the residual by the k largest dead latents of each row.
 
-    x, residual = x_hat - x (batch, d_in), no gradient passes through the latter; b_dec is not added to the model of the
-    residual. Normalised as the paper's, whose loss is mse / var(x) + alpha * aux / mean square of the residual, here times
-    var(x).
+    x (batch, d_in), residual = x_hat - target (batch, d_out), no gradient passes through the latter; in an SAE the target is
+    x. b_dec is not added to the model of the residual. Normalised as the paper's, whose loss is mse / var + alpha * aux / mean
+    square of the residual, here times the target's variance.
     Few latents are dead, so this is dense over those few: exact, with the gradient reaching the encoder.
     """
     encoder = ops.encoder_rows(W_enc, dead.latents)
@@ -61,6 +62,27 @@ def auxk_loss(
         top = f.topk(k, dim=1)
         f = torch.zeros_like(f).scatter(1, top.indices, top.values)
     error = (f @ ops.decoder_rows(W_dec, dead.latents) + residual).square().sum(-1).mean()
-    variance = (x - x.mean(0)).square().sum(-1).mean()
+    variance = (target - target.mean(0)).square().sum(-1).mean()
     left = residual.square().sum(-1).mean()
     return error * (variance / torch.maximum(left, 1e-6 * variance).clamp(min=1e-30)).detach()
+
+
+def ghost_loss(
+    x: Tensor, out: Reconstruction, dead: Dead, ops: Ops, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor,
+    b_dec: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return the ghost gradients' loss (Jermyn & Templeton, "Ghost Grads: An improvement on resampling", January 2024).
+
+    Dead latents, with exp in place of ReLU, model the residual x - x_hat; their output is brought to half the residual's
+    norm, row by row, and the squared error to the size of the SAE's own. No gradient passes through either scale, or the
+    residual.
+    """
+    z = (x if b_dec is None else x - b_dec) @ ops.encoder_rows(W_enc, dead.latents).T + b_enc[dead.latents]
+    # an exponential that is not bounded overflows for a latent whose bias has run away upwards before it died
+    f = torch.exp(z.clamp(max=20)).masked_fill(~dead.mask, 0)
+    ghost = f @ ops.decoder_rows(W_dec, dead.latents)
+    norm = ghost.detach().norm(dim=-1, keepdim=True)
+    ghost = ghost * (out.residual.norm(dim=-1, keepdim=True) / (2 * norm).clamp(min=1e-6))
+    error = (ghost + out.residual).square().sum(-1).mean()
+    loss: Tensor = error * (out.error.detach().mean() / error.detach().clamp(min=1e-30))
+    return loss

@@ -1,6 +1,6 @@
 """BatchTopK: the batch fires batch * k latents, as many a token as it needs; JumpReLU with one threshold afterwards."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -9,7 +9,10 @@ from sae.architectures.jumprelu import JumpReLUSAE
 from sae.architectures.topk import TopKSAE
 from sae.config import TrainConfig
 from sae.ops import Above, BatchTopK
-from sae.sae import SAEConfig, TrainingLoss
+from sae.sae import SAEConfig
+
+if TYPE_CHECKING:
+    from sae.dense_or_sparse import Step
 
 
 class BatchTopKSAE(TopKSAE):
@@ -39,9 +42,9 @@ class BatchTopKSAE(TopKSAE):
         return BatchTopK(self.cfg.k)
 
     @torch.no_grad()
-    def after_step(self, config: TrainConfig, out: TrainingLoss) -> None:
+    def after_step(self, config: TrainConfig, found: "Step") -> None:
         """Move the threshold towards the batch's smallest latent; a batch in which nothing fires says nothing."""
-        values = out.latents.values
+        values = found.last.latents.values
         if values.numel() == 0:
             return
         least = torch.where(values > 0, values, torch.inf).min()
@@ -52,11 +55,7 @@ class BatchTopKSAE(TopKSAE):
 
     def finished(self) -> JumpReLUSAE:
         """Return the SAE to use: JumpReLU, every latent with the same threshold."""
-        cfg = SAEConfig("jumprelu", self.cfg.d_in, self.cfg.d_sae, self.cfg.hook_name, self.cfg.dtype,
-                        self.cfg.apply_b_dec_to_input, metadata=self.cfg.metadata)  # fmt: skip
-        sae = JumpReLUSAE(cfg)
+        sae = self.become(JumpReLUSAE, "jumprelu")
         with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                sae.get_parameter(name).copy_(parameter)
             sae.threshold.fill_(float(self.threshold))
         return sae

@@ -1,15 +1,20 @@
 """What most architectures share: one linear encoder, one linear decoder, and a rule that says which latents fire."""
 
+from dataclasses import replace
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
+from sae.architectures.auxk import auxk_loss, ghost_loss
 from sae.config import TrainConfig
-from sae.ops import Rule, SparseLatents, TopK, kernels_for
+from sae.ops import Latents, Ops, Rule, SparseLatents, TopK, kernels_for
 from sae.ops.kernels import Screen
 from sae.ops.latents import Above, of_dense
-from sae.ops.training import select, thresholds
-from sae.sae import SAE, SAEConfig
+from sae.ops.training import Reconstruction, select, thresholds
+from sae.sae import SAE, Fired, Moment, SAEConfig, Site, TrainingLoss, row_mean
 
+Coder = TypeVar("Coder", bound="LinearSAE")
 _WORTH_A_SCREEN = 512  # rows: for fewer, making the bfloat16 copy costs more than it saves
 
 
@@ -92,6 +97,83 @@ class LinearSAE(SAE):
             return self.decode(f.dense().to(self.W_dec.dtype))
         return f.kernels.decode(f, self.W_dec.detach(), self.b_dec.detach())
 
+    # Training: what the losses of the architectures share
+
+    def sides(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See SAE."""
+        if self.cfg.d_out is None:
+            return x, x
+        return x[:, : self.cfg.d_in].contiguous(), x[:, self.cfg.d_in :].contiguous()
+
+    @property
+    def shift(self) -> Tensor | None:
+        """What the encoder's input is taken relative to."""
+        return self.b_dec if self.cfg.apply_b_dec_to_input else None
+
+    def encode_with(self, ops: Ops, x: Tensor, rule: Rule) -> Latents:
+        """Return the pre-activations that the rule keeps, for a loss."""
+        return ops.encode(x, self.W_enc, self.b_enc, rule, self.shift)
+
+    def rest(self, x: Tensor, target: Tensor) -> Tensor:
+        """Return what latents are to predict: the target, less what goes past them."""
+        return target - x @ self.W_skip.T if self.cfg.skip else target
+
+    def fire(self, x: Tensor, now: Moment) -> Fired:
+        """Return what x fires in training, and at what price: what makes an architecture."""
+        raise NotImplementedError
+
+    def rowwise(self, config: TrainConfig) -> bool:
+        """See SAE; reviving looks at the batch's variance."""
+        return config.revives not in ("auxk", "ghost")
+
+    def training_loss(self, x: Tensor, now: Moment) -> TrainingLoss:
+        """Return mean_x ||x - x_hat||^2, summed over d_out, + the architecture's penalty + what revives dead latents."""
+        x, target = self.sides(x)
+        fired = self.fire(x, now)
+        out = now.ops.reconstruct(fired.latents, self.W_dec, self.b_dec, self.rest(x, target))
+        mse = row_mean(out.error)
+        extra, parts = self.revived(now, x, target, out)
+        loss = mse + fired.penalty + extra
+        return TrainingLoss(loss, mse, fired.l1, fired.latents, out.error.detach(), fired.parts | parts)
+
+    def l1(self, f: Latents, now: Moment) -> Tensor:
+        """Return mean_x sum_i f_i, times ||W_dec,i|| where rows are free to have any norm: that a penalty must not pull at."""
+        return row_mean(f.row_sum(f.values) if now.config.unit_norm_decoder else f.dot(self.norms(now.ops)))
+
+    def norms(self, ops: Ops) -> Tensor:
+        """Return the decoder's norms, (d_sae,), as penalties count them."""
+        if self.cfg.widths:  # a crosscoder's latent costs what its decoders at all hooks cost together (Lindsey et al. 2024)
+            return ops.block_norms(self.W_dec, self.cfg.widths).sum(1)
+        return ops.norms(self.W_dec)
+
+    @property
+    def bias_of_dead(self) -> Tensor:
+        """The bias by which dead latents are revived."""
+        return self.b_enc
+
+    def revived(self, now: Moment, x: Tensor, target: Tensor, out: Reconstruction) -> tuple[Tensor | float, dict[str, Tensor]]:
+        """Return what the loss gets for the sake of dead latents, and how it is logged."""
+        config = now.config
+        dead = now.dead() if config.revives in ("auxk", "ghost") and len(x) else None
+        if dead is None:
+            return 0.0, {}
+        if config.revives == "ghost":
+            ghost = ghost_loss(x, out, dead, now.ops, self.W_enc, self.bias_of_dead, self.W_dec, self.shift)
+            return ghost, {"ghost": ghost.detach()}
+        k = config.auxk_k or max(1, x.shape[1] // 2)
+        aux = auxk_loss(x, target, out.residual, dead, k, now.ops, self.W_enc, self.bias_of_dead, self.W_dec, self.shift)
+        return config.auxk_coefficient * aux, {"auxk": aux.detach()}
+
+    def restart(self, config: TrainConfig, latents: Tensor, decoders: Tensor, encoders: Tensor) -> None:
+        """Give these latents other rows (n, d_in), and biases of 0."""
+        self.W_dec[latents] = decoders
+        self.W_enc.T[latents] = encoders
+        self.bias_of_dead[latents] = 0
+
+    def finished(self) -> "LinearSAE":
+        """See SAE."""
+        return self
+
     def encoders(self) -> dict[str, Tensor]:
         """See SAE."""
         return {"W_enc": self.W_enc.T}
@@ -101,33 +183,58 @@ class LinearSAE(SAE):
         return {"W_dec": self.W_dec}
 
     @classmethod
-    def initialise(cls, config: TrainConfig, d_in: int, mean: Tensor) -> "LinearSAE":
-        """Random decoder rows of norm `decoder_init_norm` (1 where rows keep norm 1), encoder its transpose, b_dec = mean."""
+    def initialise(cls, config: TrainConfig, site: Site, mean: Tensor) -> "LinearSAE":
+        """Random decoder rows of norm `decoder_init_norm` (1 where rows keep norm 1), encoder its transpose, b_dec = mean.
+
+        A transcoder's encoder starts as an SAE's would, its decoder and skip connection at 0, so that it begins by predicting
+        the mean (Dunefsky et al. 2024, "Transcoders Find Interpretable LLM Feature Circuits").
+        """
+        hooks, hooks_out, d_in, d_out = config.hooks, config.hooks_out, site.d_in, site.d_out
+        many = len(site.widths) > 1
         sae = cls(
             SAEConfig(
-                cls.architecture, d_in, config.d_sae, config.hook, apply_b_dec_to_input=config.apply_b_dec_to_input, k=config.k
+                cls.architecture, d_in, config.d_sae, None if many or not hooks else hooks[0],
+                apply_b_dec_to_input=config.subtracts_b_dec and d_out is None, k=config.k, d_out=d_out,
+                hook_name_out=hooks_out[0] if hooks_out and not many else None, skip=config.skip_connection,
+                hook_names=hooks if many else (), widths=site.widths if many else (),
             )
-        )
+        )  # fmt: skip
         generator = torch.Generator().manual_seed(config.seed)
         rows = torch.randn(config.d_sae, d_in, generator=generator)
         norm = 1.0 if config.unit_norm_decoder else config.decoder_init_norm
+        rows *= norm / rows.norm(dim=1, keepdim=True)
         with torch.no_grad():
-            sae.W_dec.copy_(rows * (norm / rows.norm(dim=1, keepdim=True)))
-            sae.W_enc.copy_(sae.W_dec.T)  # a copy: tied at the start only
-            sae.b_enc.zero_()
+            for parameter in sae.parameters():
+                parameter.zero_()
+            sae.W_enc.copy_(rows.T)
+            if d_out is None:
+                sae.W_dec.copy_(rows)  # copies: tied at the start only
             sae.b_dec.copy_(mean)
         return sae
 
-    @torch.no_grad()
-    def fold_scale(self, scale: float) -> None:
-        """Fold the input scale, then the decoder norms: x -> x_hat and the active sets stay, decoder rows get norm 1.
+    def become(self, kind: type[Coder], architecture: str) -> Coder:
+        """Return an SAE of another kind with the same weights: what a training form leaves behind."""
+        sae = kind(replace(self.cfg, architecture=architecture, k=None))
+        with torch.no_grad():
+            for name, parameter in sae.named_parameters():
+                if name in self._parameters:
+                    parameter.copy_(self.get_parameter(name))
+        return sae
 
-        Scale s: W_enc *= s, W_dec /= s, b_dec /= s. Norms n_i: W_enc column i and b_enc_i times n_i, W_dec row i over n_i.
-        Rows of norm zero stay as they are.
+    @torch.no_grad()
+    def fold_scale(self, scale: float | Tensor, scale_out: float | Tensor | None = None) -> None:
+        """Fold the scales, then the decoder norms: x -> x_hat and the active sets stay, decoder rows get norm 1.
+
+        Scale s in, t out (s, in an SAE): W_enc *= s, W_dec /= t, b_dec /= t, W_skip *= s / t. Norms n_i: W_enc column i and
+        b_enc_i times n_i, W_dec row i over n_i. Rows of norm zero stay as they are.
         """
-        self.W_enc.mul_(scale)
-        self.W_dec.div_(scale)
-        self.b_dec.div_(scale)
+        scale = torch.as_tensor(scale, dtype=self.W_enc.dtype)
+        out = scale if scale_out is None else torch.as_tensor(scale_out, dtype=self.W_enc.dtype)
+        self.W_enc.mul_(scale.view(-1, 1))
+        self.W_dec.div_(out)
+        self.b_dec.div_(out)
+        if self.cfg.skip:
+            self.W_skip.mul_(scale).div_(out.view(-1, 1))
         norm = self.W_dec.norm(dim=1)
         self.fold_norms(torch.where(norm > 0, norm, torch.ones_like(norm)))
 

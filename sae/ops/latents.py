@@ -94,6 +94,10 @@ class Latents:
         """Return g weight^T, g (batch, d), at the entries, in the shape of `values`: the gradient of a decode."""
         raise NotImplementedError
 
+    def between(self, low: int, high: int) -> "Latents":
+        """Return the latents low <= i < high, the others silent; gradients reach their values."""
+        raise NotImplementedError
+
     def latent_counts(self) -> Tensor:
         """Return in how many rows each latent is above zero, (d_sae,) int64."""
         raise NotImplementedError
@@ -150,6 +154,11 @@ class DenseLatents(Latents):
     def sample(self, g: Tensor, weight: Tensor) -> Tensor:
         """See Latents."""
         return self.product(g, weight.T)
+
+    def between(self, low: int, high: int) -> "DenseLatents":
+        """See Latents."""
+        index = torch.arange(self.d_sae, device=self.values.device)
+        return self.with_values(self.values * ((index >= low) & (index < high)))
 
     def latent_counts(self) -> Tensor:
         """See Latents."""
@@ -242,6 +251,10 @@ class SparseLatents(Latents):
     def sample(self, g: Tensor, weight: Tensor) -> Tensor:
         """See Latents."""
         return self.kernels.sample(self, g, weight)
+
+    def between(self, low: int, high: int) -> "SparseLatents":
+        """See Latents."""
+        return self.keep((self.latents >= low) & (self.latents < high))
 
     def latent_counts(self) -> Tensor:
         """See Latents."""

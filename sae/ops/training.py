@@ -4,8 +4,8 @@ Those for training compute no weight gradient during backward. They leave terms 
 its own pass over the weights: so several losses on one matrix cost no additional pass, and latents that did not fire no memory.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -35,14 +35,23 @@ class Ops(Protocol):
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, rule: Rule, b_dec: Tensor | None = None) -> Latents:
         """Return the pre-activations z = (x - b_dec) W_enc + b_enc that the rule keeps; x is (batch, d_in) float32."""
 
-    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
-        """Return how far f W_dec + b_dec is from x: the squared error is taken in the same pass as the decoding."""
+    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor, frozen: bool = False) -> Reconstruction:
+        """Return how far f W_dec + b_dec is from x: the squared error is taken in the same pass as the decoding.
+
+        With `frozen`, no gradient reaches W_dec.
+        """
 
     def decode(self, f: Latents, W_dec: Tensor, b_dec: Tensor) -> Tensor:
         """Return f W_dec + b_dec, (batch, d_in), for losses that are more than a squared error."""
 
     def norms(self, W_dec: Tensor) -> Tensor:
         """Return ||W_dec,i||, (d_sae,)."""
+
+    def block_norms(self, W_dec: Tensor, widths: Sequence[int]) -> Tensor:
+        """Return the norms of parts of rows, so many columns wide, (d_sae, parts)."""
+
+    def preactivation_sum(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, weights: Tensor, b_dec: Tensor | None = None) -> Tensor:
+        """Return sum_i weights_i z_i over all latents, (batch,), as one product; no gradient reaches the weights (d_sae,)."""
 
     def encoder_rows(self, W_enc: Tensor, which: Tensor) -> Tensor:
         """Return the columns of W_enc of a few different latents, as rows (n, d_in)."""
@@ -96,9 +105,9 @@ class DenseOps:
         self._counts.append(HostCount(torch.count_nonzero(f.values.detach())))
         return f
 
-    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
+    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor, frozen: bool = False) -> Reconstruction:
         """See Ops."""
-        residual = self.decode(f, W_dec, b_dec) - x
+        residual = self.decode(f, W_dec.detach() if frozen else W_dec, b_dec) - x
         return Reconstruction(residual.detach(), residual.square().sum(-1))
 
     def decode(self, f: Latents, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -109,6 +118,15 @@ class DenseOps:
         """See Ops."""
         norms: Tensor = W_dec.norm(dim=1)
         return norms
+
+    def block_norms(self, W_dec: Tensor, widths: Sequence[int]) -> Tensor:
+        """See Ops."""
+        return torch.stack([block.norm(dim=1) for block in torch.split(W_dec, list(widths), dim=1)], dim=1)
+
+    def preactivation_sum(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, weights: Tensor, b_dec: Tensor | None = None) -> Tensor:
+        """See Ops."""
+        weights = weights.detach()
+        return (x if b_dec is None else x - b_dec) @ (W_enc @ weights) + b_enc @ weights
 
     def encoder_rows(self, W_enc: Tensor, which: Tensor) -> Tensor:
         """See Ops."""
@@ -257,9 +275,11 @@ class SparseOps:
             self._counts.append((HostCount(kept.starts[-1]), 0, wanted))
         return kept
 
-    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
+    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor, frozen: bool = False) -> Reconstruction:
         """See Ops."""
-        residual, error = _Reconstruct.apply(f.values, W_dec, b_dec, x, f, self._rows[W_dec])  # type: ignore[no-untyped-call]
+        rows = self._rows[W_dec]
+        rows = replace(rows, terms=[]) if frozen else rows  # whose terms nobody asks for
+        residual, error = _Reconstruct.apply(f.values, W_dec, b_dec, x, f, rows)  # type: ignore[no-untyped-call]
         return Reconstruction(residual, error)
 
     def decode(self, f: Latents, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -271,6 +291,17 @@ class SparseOps:
         """See Ops."""
         result: Tensor = _Norms.apply(W_dec, self._rows[W_dec])  # type: ignore[no-untyped-call]
         return result
+
+    def block_norms(self, W_dec: Tensor, widths: Sequence[int]) -> Tensor:
+        """See Ops."""
+        every = self.decoder_rows(W_dec, torch.arange(len(W_dec), device=W_dec.device))
+        return torch.stack([block.norm(dim=1) for block in torch.split(every, list(widths), dim=1)], dim=1)
+
+    def preactivation_sum(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, weights: Tensor, b_dec: Tensor | None = None) -> Tensor:
+        """See Ops."""
+        rows, centred = self._rows[W_enc], x if b_dec is None else x - b_dec
+        along: Tensor = _Along.apply(W_enc, weights.detach(), rows)  # type: ignore[no-untyped-call]
+        return centred @ along + b_enc @ weights.detach()
 
     def encoder_rows(self, W_enc: Tensor, which: Tensor) -> Tensor:
         """See Ops."""
@@ -309,9 +340,11 @@ class DenseTermOps(SparseOps):
             self._counts.append((HostCount(torch.count_nonzero(f.values)), 0, f.values.numel()))
         return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
 
-    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Reconstruction:
+    def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor, frozen: bool = False) -> Reconstruction:
         """See Ops."""
-        residual = self.decode(f, W_dec, b_dec) - x
+        rows = self._rows[W_dec]
+        decoded = _Decode.apply(f.values, W_dec, b_dec, f, replace(rows, terms=[]) if frozen else rows)  # type: ignore[no-untyped-call]
+        residual = decoded - x
         return Reconstruction(residual.detach(), residual.square().sum(-1))
 
 
@@ -395,4 +428,18 @@ class _Subset(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
         ctx.rows.subsets.append((ctx.which, gradient))
+        return None, None, None
+
+
+class _Along(torch.autograd.Function):
+    """W_enc weights, (d_in,): every latent's row gets the same gradient, times its weight."""
+
+    @staticmethod
+    def forward(ctx: Any, W_enc: Tensor, weights: Tensor, rows: Rows) -> Tensor:
+        ctx.weights, ctx.rows = weights, rows
+        return weights @ rows.weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        ctx.rows.terms.append(DenseTerm(False, ctx.weights[None], gradient[None]))
         return None, None, None

@@ -1,0 +1,220 @@
+"""How much of a synthetic model's known features SAEs find, ours and SAELens', from the very same rows.
+
+The model is `SyntheticModel.preset("small")`: superposition, Zipf firing, hierarchy, correlation. Both sides train on the rows of
+one file in its order: same learning rate, warm-up, decay, batch, steps, input scale, dead window. Each has its own
+defaults beyond that, and SAELens those of its options that serve it best here (`THEIRS`). The learning rate is, of
+`RATES`, that at which SAELens' MCC is best. Where a coefficient sets L0, it is searched on either side until L0 is near k.
+Both are read and scored by the same code, on rows that neither has seen. Every run is kept in FOLDER/runs, and none that
+is there is made again.
+
+    python scripts/set_up_peers.py && python benchmarks/ground_truth.py --folder runs/ground-truth [--only topk ...]
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from safetensors.torch import load_file, save_file
+from training import python_of
+
+from sae import SAE, TrainConfig, train
+from sae.recovery import recovery
+from sae.synthetic import PRESETS, SyntheticModel
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "ground-truth-cpu.json"
+BATCH, STEPS, BATCHES, SEEDS = 1024, 2000, 400, 3  # rows are gone through STEPS / BATCHES times
+WARM, DECAY, WINDOW = STEPS // 20, STEPS // 5, 200
+RATES = (1e-3, 3e-3)
+WIDTHS = {1024: 8, 256: 5}  # d_sae: k; as many latents as features, and as SynthSAEBench has it a quarter of them
+CLOSE, TRIES = 0.04, 6  # L0 may be so far from k, and be searched for so often
+MODEL = SyntheticModel.preset("small", batch_size=BATCH)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An architecture: what each side is told beside what both share, and what its coefficient is called, if it has one."""
+
+    ours: dict[str, Any]
+    theirs: dict[str, Any]
+    coefficient: str | None = None
+    first: float = 1.0
+
+
+RESCALED = {"rescale_acts_by_decoder_norm": True}  # SAELens' default
+KINDS = {
+    "standard": Kind({}, {"l1_warm_up_steps": WARM}, "l1_coefficient", 1.0),
+    "topk": Kind({}, {**RESCALED, "use_sparse_activations": False}),
+    "batchtopk": Kind({}, RESCALED),
+    "jumprelu": Kind({}, {"l0_warm_up_steps": WARM}, "l0_coefficient", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One SAE to train."""
+
+    architecture: str
+    d_sae: int
+    seed: int
+    lr: float
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.architecture]
+
+    @property
+    def k(self) -> int:
+        return WIDTHS[self.d_sae]
+
+
+@cache
+def rows_of(folder: Path) -> torch.Tensor:
+    path = folder / "rows.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"x": torch.cat(list(islice(MODEL.stream(), BATCHES)))}, path)
+    return load_file(path)["x"]
+
+
+def train_ours(case: Case, value: float | None, folder: Path, at: Path) -> dict[str, Any]:
+    x = rows_of(folder)
+    own = {"k": case.k} if value is None else {case.kind.coefficient: value}
+    config = TrainConfig(
+        architecture=case.architecture, d_sae=case.d_sae, lr=case.lr, steps=STEPS, batch_size=BATCH, seed=case.seed, device="cpu",
+        lr_warmup_fraction=WARM / STEPS, lr_decay_fraction=DECAY / STEPS, l1_warmup_fraction=WARM / STEPS,
+        dead_window_tokens=WINDOW * BATCH, **{**own, **case.kind.ours},
+    )  # fmt: skip
+    train(x.split(BATCH), config, mean=x.mean(0), mean_norm=float(x.norm(dim=1).mean())).save(at)
+    return config.model_dump(mode="json")
+
+
+def train_theirs(case: Case, value: float | None, folder: Path, at: Path) -> dict[str, Any]:
+    options = {
+        "normalize_activations": "expected_average_only_in", "lr_warm_up_steps": WARM, "lr_decay_steps": DECAY,
+        "dead_feature_window": WINDOW, **case.kind.theirs,
+    }  # fmt: skip
+    job: dict[str, Any] = {
+        "architecture": case.architecture, "d_in": rows_of(folder).shape[1], "d_sae": case.d_sae, "lr": case.lr, "steps": STEPS,
+        "batch_size": BATCH, "seed": case.seed, "device": "cpu", "dtype": "float32", "threads": torch.get_num_threads(),
+        "activations": str(folder / "rows.safetensors"), "save": str(at),
+    }  # fmt: skip
+    if value is None:
+        job["k"] = case.k
+    elif case.kind.coefficient == "l1_coefficient":
+        job["l1_coefficient"] = value
+    else:
+        options[case.kind.coefficient] = value
+    source, target = at.with_name(f"{at.name}.job.json"), at.with_name(f"{at.name}.result.json")
+    source.write_text(json.dumps({**job, "options": options}))
+    interpreter = python_of("saelens", None)
+    if interpreter is None:
+        raise SystemExit("SAELens is not set up: python scripts/set_up_peers.py --only saelens")
+    done = subprocess.run([interpreter, str(HERE / "peers" / "run_saelens.py"), str(source), str(target)],
+                          capture_output=True, text=True)  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{at.name}: SAELens failed\n{done.stderr[-2000:]}")
+    result = json.loads(target.read_text())
+    return {**result["settings"], "versions": result["versions"]}
+
+
+def score(side: str, case: Case, value: float | None, folder: Path) -> dict[str, Any]:
+    """Train and score, or take what is there."""
+    name = f"{side}-{case.architecture}-{case.d_sae}-{case.seed}-{case.lr:g}" + ("" if value is None else f"-{value:.5g}")
+    at = folder / "runs" / name
+    kept = at.with_name(f"{name}.score.json")
+    if not kept.exists():
+        at.parent.mkdir(parents=True, exist_ok=True)
+        settings = (train_ours if side == "monosem" else train_theirs)(case, value, folder, at)
+        figures = recovery(SAE.load(at), MODEL)
+        kept.write_text(json.dumps({**figures, "coefficient": value, "settings": settings}, indent=2) + "\n")
+        print(name, {n: round(figures[n], 4) for n in ("mcc", "f1", "explained_variance", "l0", "dead_latents")}, flush=True)
+    return json.loads(kept.read_text())
+
+
+def near_k(side: str, case: Case, folder: Path, first: float | None = None) -> dict[str, Any]:
+    """Score with the coefficient at which L0 is within CLOSE of k, or the nearest of TRIES: log L0 is near linear in its log."""
+    if case.kind.coefficient is None:
+        return score(side, case, None, folder)
+    value, found = first or case.kind.first, list[tuple[float, float, dict[str, Any]]]()
+    for _ in range(TRIES):
+        result = score(side, case, value, folder)
+        found.append((math.log(value), math.log(max(result["l0"], 1e-3) / case.k), result))
+        if abs(math.expm1(found[-1][1])) < CLOSE:
+            break
+        found.sort(key=lambda f: abs(f[1]))
+        slope = -0.6
+        if len(found) > 1 and found[0][0] != found[1][0]:
+            slope = min(-0.1, (found[0][1] - found[1][1]) / (found[0][0] - found[1][0]))
+        value = math.exp(found[0][0] - found[0][1] / slope)
+    return min(found, key=lambda f: abs(f[1]))[2]
+
+
+FIGURES = ("mcc", "f1", "precision", "recall", "explained_variance", "l0", "dead_latents", "found", "uniqueness", "absorption",
+           "shrinkage", "mean_max_cosine")  # fmt: skip
+
+
+def several(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean and all values of each figure over seeds, and the settings of the first."""
+    values = {name: [r[name] for r in results] for name in FIGURES}
+    return {
+        **{name: {"mean": statistics.mean(v), "seeds": v} for name, v in values.items() if None not in v},
+        "coefficient": results[0]["coefficient"], "settings": results[0]["settings"],
+    }  # fmt: skip
+
+
+def compare(architecture: str, folder: Path) -> list[dict[str, Any]]:
+    """Choose the rate by SAELens' MCC at the full width, then train both sides at each width and seed."""
+    rates = {lr: near_k("saelens", Case(architecture, max(WIDTHS), 0, lr), folder) for lr in RATES}
+    lr = max(rates, key=lambda rate: rates[rate]["mcc"])
+    others = {rate: near_k("monosem", Case(architecture, max(WIDTHS), 0, rate), folder) for rate in RATES}
+    cases = []
+    for d_sae in WIDTHS:
+        sides = {}
+        for side in ("monosem", "saelens"):
+            first = near_k(side, Case(architecture, d_sae, 0, lr), folder)
+            rest = [score(side, Case(architecture, d_sae, seed, lr), first["coefficient"], folder) for seed in range(1, SEEDS)]
+            sides[side] = several([first, *rest])
+        cases.append({"architecture": architecture, "d_sae": d_sae, "k": WIDTHS[d_sae], "lr": lr, "true_l0": first["true_l0"],
+                      **sides})  # fmt: skip
+    tried = [
+        {"lr": rate, **{side: {n: found[rate][n] for n in ("mcc", "f1", "explained_variance", "l0")}
+                        for side, found in (("monosem", others), ("saelens", rates))}} for rate in RATES
+    ]  # fmt: skip
+    cases[0]["rates_tried"] = tried
+    return cases
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/ground-truth"))
+    parser.add_argument("--only", nargs="*", default=list(KINDS), choices=list(KINDS))
+    args = parser.parse_args()
+    cases = [case for architecture in args.only for case in compare(architecture, args.folder.resolve())]
+    for case, figure in product(cases, ("mcc", "f1", "explained_variance", "l0", "dead_latents")):
+        print(case["architecture"], case["d_sae"], figure, *(round(case[s][figure]["mean"], 4) for s in ("monosem", "saelens")))
+    result = {
+        "what": "features of a synthetic model found by SAEs, ours and SAELens', trained on the same rows; means over seeds",
+        "model": {"preset": "small", **PRESETS["small"].model_dump(mode="json")},
+        "batch": BATCH, "steps": STEPS, "rows": BATCH * BATCHES, "seeds": SEEDS, "cases": cases,
+        "machine": machine("numpy", "scipy"),
+    }  # fmt: skip
+    RESULT.parent.mkdir(exist_ok=True)
+    if RESULT.exists() and set(args.only) != set(KINDS):  # each case is a comparison of its own: those not run again stay
+        kept = [case for case in json.loads(RESULT.read_text())["cases"] if case["architecture"] not in args.only]
+        result["cases"] = sorted(kept + cases, key=lambda case: list(KINDS).index(case["architecture"]))
+    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    print(RESULT)
+
+
+if __name__ == "__main__":
+    main()

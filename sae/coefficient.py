@@ -1,0 +1,62 @@
+"""How strong the sparsity penalty is: its warm-up, and the controller that finds the strength for a wanted L0."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sae.config import TrainConfig
+
+_SMOOTHING = 0.1  # weight of a batch in the L0 that is looked at
+_SLOPE_SMOOTHING = 0.05
+_TIME = 0.06  # of the steps: an L0 a factor e off changes the strength by a factor e in so many
+_TIME_LIMITS = (20.0, 500.0)
+_HORIZON = 1.6  # of that time: so far ahead L0 is looked at, by its slope; what is on its way already needs no more
+_BEGIN = 0.1  # of the steps: until then latents find what they are for, under the strength as given
+_DESCENT = 0.25  # of the steps: so long L0 may take from there; latents that a steeper way silences stay dead
+
+
+class Coefficient:
+    """The penalty's strength at each step: linear warm-up from 0 and, with `target_l0`, times what a controller has found.
+
+    The controller integrates in logarithms: log strength moves by log(L0 / target), as L0 will stand a
+    little later if it goes on as it does, so that a penalty that is already at work is not strengthened further (in the
+    manner of the L0 tuner of Chanin et al. 2025, "SynthSAEBench"). All on the device: nothing waits for it.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, state: Tensor | None = None) -> None:
+        """Begin, or go on from `state`."""
+        self.config = config
+        low, high = _TIME_LIMITS
+        self.time = min(max(_TIME * config.steps, low), high)
+        # log of the factor found; log L0 smoothed, its slope a step, what it was when the controller began; batches so far
+        self.state = torch.zeros(5, device=device) if state is None else state.to(device)
+        self.horizon = _HORIZON * self.time
+        self.wanted = math.log(config.target_l0 or 1)
+
+    def at(self, step: int) -> Tensor | float:
+        """Return the strength at `step`."""
+        strength = self.config.coefficient * warmup_factor(step, self.config)
+        return strength if self.config.target_l0 is None else strength * self.state[0].exp()
+
+    @torch.no_grad()
+    def update(self, fired: Tensor, rows: int) -> None:
+        """Take in how many latents fired on a batch of `rows` tokens."""
+        if self.config.target_l0 is None or rows == 0:
+            return
+        factor, level, slope, first, seen = self.state.unbind()
+        steps = self.config.steps
+        now = (fired / rows).clamp(min=1e-3).log()
+        before = level
+        level = torch.where(seen == 0, now, level + _SMOOTHING * (now - level))
+        slope = torch.where(seen == 0, 0, slope + _SLOPE_SMOOTHING * (level - before - slope))
+        begun = seen >= _BEGIN * steps
+        first = torch.where(begun, first, level)
+        left = (1 - (seen + self.horizon - _BEGIN * steps) / (_DESCENT * steps)).clamp(0, 1)  # of the way
+        error = (level + slope * self.horizon - (self.wanted + left * (first - self.wanted))).clamp(-1, 1)
+        self.state = torch.stack([factor + torch.where(begun, error / self.time, 0), level, slope, first, seen + 1])
+
+
+def warmup_factor(step: int, config: TrainConfig) -> float:
+    """Return the share of the penalty's strength at `step`: linear warm-up (April 2024 update: over the first 5 %)."""
+    return min(1.0, (step + 1) / max(1, round(config.steps * config.l1_warmup_fraction)))

@@ -1,0 +1,1 @@
+"""The parts of an evaluation, one figure's family a file; `sae.evaluate` puts them together."""
