@@ -4,7 +4,8 @@ Both train on the very rows of one file, in its order, batch by batch: same toke
 dead window and input scale. Both are then read by the same code (`SAE.load` reads SAELens' folders): L0 and explained
 variance on held-out rows, cross-entropy recovered through the model, and dead latents, those that fire on none of the
 rows trained on. Where a coefficient sets L0, it is searched: SAELens' until L0 is near the target, ours until it is near
-SAELens'. Every run is kept in FOLDER/runs, and none that is there is made again.
+SAELens'. Every run is kept in FOLDER/runs, and none that is there is made again: after a change of our trainer, delete
+FOLDER/runs/monosem-*.
 
     python scripts/fetch_demo.py && python scripts/set_up_peers.py --only saelens
     python benchmarks/family.py --folder runs/family [--side saelens|monosem] [--only topk-32 ...] [--report]

@@ -15,7 +15,8 @@ from activation_store.harvest import disk_bytes, hook_widths
 from activation_store.hooks import capture, locate_hooks
 from activation_store.subject import empty_subject_model, pick_device
 from monosem.config import RunConfig
-from sae.memory import L1_ENTRIES, training_memory
+from sae.memory import L1_ENTRIES, matrices, training_memory
+from sae.sae import Site
 
 if TYPE_CHECKING:
     from monosem.run import Run
@@ -63,9 +64,11 @@ def make_plan(config: RunConfig) -> Plan:
     model = empty_subject_model(config.model)
     sites = locate_hooks(model, config.harvest.hooks)
     widths = hook_widths(model, sites, "meta")
-    d_in = widths[config.hook]
+    hooks = config.train.hooks or (config.hook,)
+    site = Site(tuple(widths[hook] for hook in hooks), tuple(widths[hook] for hook in config.train.hooks_out))
+    d_in = site.d_in
     if config.train.d_in not in (None, d_in):
-        raise InputError(f"train.d_in: {config.train.d_in} given, but {config.hook} of {config.model.id} is {d_in} wide")
+        raise InputError(f"train.d_in: {config.train.d_in} given, but {', '.join(hooks)} of {config.model.id} is {d_in} wide")
     device = pick_device(config.model.device)
     product = "bfloat16" if config.train.compute_dtype == "float8" else config.train.compute_dtype  # reckoned with caution
     dtypes: set[str] = {config.model.dtype, product, "float32"}
@@ -81,7 +84,7 @@ def make_plan(config: RunConfig) -> Plan:
     whole = _forward_flops(model, context, lambda tokens: model(input_ids=tokens, attention_mask=mask, use_cache=False))
     stored = min(rows, 2 * config.harvest.stored_tokens) if config.harvest.stream else rows
     budget = int((config.harvest.disk_budget_gb or 0) * 1e9)
-    sae_parameters = 2 * d_in * d_sae + d_sae + d_in
+    sae_parameters = sum(matrices(config.train, site)) + d_sae + d_in
     train_tokens = config.train.steps * config.train.batch_size
     held_out = max(1, round(sequences * config.data.held_out))
     ce_tokens = 5 * min(config.evaluate.ce_sequences, held_out) * context
@@ -95,7 +98,7 @@ def make_plan(config: RunConfig) -> Plan:
 
     active = config.train.k or L1_ENTRIES
     step_flops = 12.0 * d_in * d_sae if config.train.kernels == "reference" else 2.0 * d_in * d_sae + 10.0 * d_in * active
-    training = training_memory(config.train, d_in, device.type)
+    training = training_memory(config.train, site, device.type)
     stages = (
         stage("harvest", stored, disk_bytes(widths, config.harvest, stored),
               model_bytes + int(2 * config.harvest.shard_mb * 1e6 * len(widths)), to_hook * stored, config.model.dtype),

@@ -59,10 +59,12 @@ def _store_is_whole(run: Run) -> bool:
 def _train(run: Run) -> dict[str, Any]:
     config = run.config
     store = run.store()
-    hook = config.hook
-    statistics = store.statistics(hook)
-    if config.train.d_in not in (None, store.width(hook)):
-        raise InputError(f"train.d_in: {config.train.d_in} given, but {hook} of {store.path} is {store.width(hook)} wide")
+    hooks = config.train.hooks or (config.hook,)
+    drawn = (*hooks, *config.train.hooks_out)
+    statistics = [store.statistics(hook) for hook in drawn]
+    d_in = sum(store.width(hook) for hook in hooks)
+    if config.train.d_in not in (None, d_in):
+        raise InputError(f"train.d_in: {config.train.d_in} given, but {', '.join(hooks)} of {store.path} is {d_in} wide")
     import torch
 
     source: Any = store
@@ -74,22 +76,23 @@ def _train(run: Run) -> dict[str, Any]:
             )  # fmt: skip
     outliers = config.train.max_norm_multiple
     batches = source.batches(
-        hook, config.train.batch_size, config.train.seed, memory_mb=config.train.shuffle_mb, max_norm_multiple=outliers,
-        device=pick_device(config.train.device),
+        drawn if len(drawn) > 1 else drawn[0], config.train.batch_size, config.train.seed,
+        memory_mb=config.train.shuffle_mb, max_norm_multiple=outliers, device=pick_device(config.train.device),
     )  # fmt: skip
     with progress_bar("train") as bar:
         start = time.perf_counter()
         sae = train(  # without outliers, the store's moments are not those of the rows drawn: the first batch's are
             batches, config.train,
-            mean=torch.from_numpy(statistics.mean) if outliers is None else None,
-            mean_norm=statistics.mean_norm if outliers is None else None,
+            mean=[torch.from_numpy(s.mean) for s in statistics] if outliers is None else None,
+            mean_norm=[s.mean_norm for s in statistics] if outliers is None else None,
             checkpoints=run.folder / "checkpoints", metrics=run.folder / "metrics.jsonl", progress=bar,
         )  # fmt: skip
         seconds = time.perf_counter() - start
     kept = ("model_revision", "model_dtype", "basis", "tokenizer_hash", "special_token_ids", "prepend_bos")
     facts = {key: store.attrs[key] for key in kept}
+    named = {"hook_name": hooks[0]} if len(hooks) == 1 else {}
     sae.with_metadata(
-        hook_name=hook, model_name=store.attrs["model"], dataset_path=store.attrs["data"]["source"],
+        **named, model_name=store.attrs["model"], dataset_path=store.attrs["data"]["source"],
         context_size=store.context, config_hash=run.config.key("model", "data", "harvest", "train", "seed"), **facts,
     )  # fmt: skip
     sae.save(run.folder / "sae")
@@ -274,6 +277,11 @@ STAGES = {
 
 def do_stages(run: Run, names: list[str]) -> None:
     """Run stages in order; everything that can be known to fail is found before the first one starts."""
+    several = run.config.train.hooks
+    if len(several) > 1 and {"evaluate", "explain", "report"} & set(names):
+        raise InputError(
+            f"train.hook: {len(several)} hooks given; evaluate, explain and report read one; `monosem train` trains on all"
+        )
     todo = [name for name in names if not run.finished(STAGES[name], STAGES)]
     if "harvest" in todo:
         require_disk(run, make_plan(run.config))

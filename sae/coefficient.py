@@ -12,7 +12,8 @@ _SLOPE_SMOOTHING = 0.05
 _TIME = 0.06  # of the steps: an L0 a factor e off changes the strength by a factor e in so many
 _TIME_LIMITS = (20.0, 500.0)
 _HORIZON = 1.6  # of that time: so far ahead L0 is looked at, by its slope; what is on its way already needs no more
-_BEGIN = 0.1  # of the steps: until then latents find what they are for, under the strength as given
+_GENTLY = 0.2  # of the strength given, to begin with: from above L0 comes down with few deaths, from below it hardly comes up
+_BEGIN = 0.1  # of the steps: until then latents find what they are for
 _DESCENT = 0.25  # of the steps: so long L0 may take from there; latents that a steeper way silences stay dead
 
 
@@ -37,7 +38,7 @@ class Coefficient:
     def at(self, step: int) -> Tensor | float:
         """Return the strength at `step`."""
         strength = self.config.coefficient * warmup_factor(step, self.config)
-        return strength if self.config.target_l0 is None else strength * self.state[0].exp()
+        return strength if self.config.target_l0 is None else _GENTLY * strength * self.state[0].exp()
 
     @torch.no_grad()
     def update(self, fired: Tensor, rows: int) -> None:

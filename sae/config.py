@@ -23,10 +23,10 @@ class TrainConfig(Section):
 
     What sets the sparsity: "topk", "batchtopk" and "matryoshka" fire `k` latents a token (Gao et al. 2024, Bussmann et al. 2024,
     2025). Elsewhere a penalty does, with strength `l1_coefficient` ("standard", "p_anneal", "gated") or `l0_coefficient`
-    ("jumprelu"); with `target_l0`, that is only where it starts, and a controller moves it until so many latents fire.
+    ("jumprelu"); with `target_l0`, it starts at a fifth of that, and a controller moves it until so many latents fire.
     `sparsity_norm`: "decoder_norm" is l1_coefficient * sum_i f_i ||W_dec,i|| (April 2024), "unit_norm" is l1_coefficient *
-    sum_i f_i with decoder rows held at norm 1 (Bricken et al. 2023).
-    "p_anneal" takes f^p, p going from 1 to `p_end` after `p_start_fraction` of the steps (Karvonen et al. 2024).
+    sum_i f_i with decoder rows held at norm 1 (Bricken et al. 2023). "gated" always has the latter (Rajamanoharan et al. 2024).
+    "p_anneal" takes f^p, p falling from 1 to `p_end`, from `p_start_fraction` of the steps on (Karvonen et al. 2024).
     "jumprelu" has `l0_penalty` "tanh" (Anthropic, January 2025), "step" or "quadratic" (Rajamanoharan et al. 2024; the latter
     l0_coefficient * (L0 / target_l0 - 1)^2), thresholds that start at `threshold_init`, and gradients to them through a
     kernel `bandwidth` wide, both in units of inputs with E||x|| = sqrt(d_in).
@@ -175,7 +175,8 @@ class TrainConfig(Section):
     @property
     def unit_norm_decoder(self) -> bool:
         """Whether decoder rows are held at norm 1: never in transcoders, whose decoder starts at zero."""
-        return not self.hooks_out and (self.architecture in FIRES_K or self.sparsity_norm == "unit_norm")
+        always = self.architecture in (*FIRES_K, "gated")
+        return not self.hooks_out and (always or self.sparsity_norm == "unit_norm")
 
     @property
     def revives(self) -> str:

@@ -18,7 +18,7 @@ from sae.evaluation.labelled import read_labelled
 from sae.evaluation.losses import loss_figures, loss_sums, measure, next_token_loss
 from sae.evaluation.probing import sparse_probing
 from sae.evaluation.reconstruction import DENSITY_EDGES, reconstruct
-from sae.evaluation.spelling import read_words
+from sae.evaluation.spelling import read_words, vocabulary_words
 from sae.sae import SAE
 
 __all__ = ["DENSITY_EDGES", "evaluate", "evaluate_many", "next_token_loss"]
@@ -58,6 +58,8 @@ def evaluate_many(
         held_out.require(config.held_out_hash)
     if tokenizer is None and (config.probing is not None or config.absorption):
         raise InputError("evaluate.probing and evaluate.absorption need the model's tokenizer; pass tokenizer=")
+    if config.absorption:
+        vocabulary_words(tokenizer)  # is there enough of it
     datasets = [read_labelled(path, config.probing, seed) for path in config.probing.datasets] if config.probing else []
     groups = {key: [name for name in saes if held[name] == key] for key in dict.fromkeys(held.values())}
     rows = {key: key.sequences * store.context for key in groups}

@@ -380,3 +380,24 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(tiny_config, finishe
     assert kills >= 40
     subprocess.run(command("run", tiny_config, f"runs_dir={tmp_path}"), check=True, stdout=subprocess.DEVNULL)
     assert_same_results(finished, tmp_path / "tiny")
+
+
+def test_transcoders_and_crosscoders_are_trained_from_the_same_config(capsys, monkeypatch, tiny_config, tmp_path):
+    runs = f"runs_dir={tmp_path}"
+    between = (f"train.hook={RESID}", f"train.hook_out={MLP}", "train.skip_connection=true")
+    assert monosem_cli(capsys, monkeypatch, "harvest", tiny_config, runs)[0] == 0
+    code, out, err = monosem_cli(capsys, monkeypatch, "train", tiny_config, runs, *between)
+    assert code == 0, out + err
+    sae = SAE.load(tmp_path / "tiny/sae")
+    assert (sae.cfg.hook_name, sae.cfg.hook_name_out, sae.cfg.skip) == (RESID, MLP, True)
+    x = torch.randn(5, 32)
+    assert sae(x).shape == (5, sae.cfg.d_out)
+    both = f"train.hook=[{RESID},{MLP}]"
+    code, out, err = monosem_cli(capsys, monkeypatch, "train", tiny_config, runs, both, "name=tiny")
+    assert code == 0, out + err
+    sae = SAE.load(tmp_path / "tiny/sae")
+    assert sae.cfg.hook_names == (RESID, MLP)
+    assert sae.cfg.d_in == sum(sae.cfg.widths)
+    code, out, err = monosem_cli(capsys, monkeypatch, "evaluate", tiny_config, runs, both)
+    assert code == 2
+    assert "train.hook: 2 hooks given" in err

@@ -16,7 +16,7 @@ from sae import EvaluateConfig
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.standard import StandardSAE
 from sae.evaluate import evaluate, evaluate_many, next_token_loss
-from sae.evaluation import reconstruction
+from sae.evaluation import losses, reconstruction
 from sae.readout import norm_gain, output_logits
 from sae.sae import SAEConfig
 from sae.statistics import latent_statistics
@@ -218,18 +218,46 @@ def test_many_saes_have_the_figures_of_each_alone_in_fewer_passes(tiny_store, mo
     config = EvaluateConfig(ce_sequences=5, batch_size=2, resamples=50)
     with Passes(model) as together:
         found = evaluate_many(saes, tiny_store, model, config, cache=tmp_path)
-    assert together.count == 3 * (3 + 2 * 2) + 3 * (3 + 2)  # three batches: clean, two ablated, two a SAE; and the transcoder's
+    # three batches: clean, two ablated, two an SAE, and one pass to see whether lower layers may be left out; the transcoder's
+    assert together.count == 3 * (3 + 2 * 2) + 1 + 3 * (3 + 2) + 1
     assert len(list(tmp_path.glob("baseline-*.json"))) == 2
     for name, sae in saes.items():
         assert evaluate(sae, tiny_store, model, config) == found[name]
         with Passes(model) as alone:
             again = evaluate(sae, tiny_store, model, config, cache=tmp_path)
         assert again == found[name]
-        assert alone.count == 3 * (1 + 2)  # the clean pass for the divergence, and the SAE's own
+        assert alone.count == 3 * (1 + 2) + 1  # the clean pass for the divergence, and the SAE's own
     with Passes(model) as other:
         evaluate(saes["a"], tiny_store, model, EvaluateConfig(ce_sequences=4, batch_size=2), cache=tmp_path)
-    assert other.count == 2 * (3 + 2)  # of other sequences nothing is known
+    assert other.count == 2 * (3 + 2) + 1  # of other sequences nothing is known
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_layers_below_the_hook_run_once_a_batch_and_every_time_where_that_is_not_exact(tiny_store, model):
+    sae, config = sae_for(32, HOOK), EvaluateConfig(ce_sequences=4, batch_size=2, resamples=0, dark_matter=False)
+    layers, ran = model.model.layers, []
+    handle = layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append(0))
+    expected = evaluate(sae, tiny_store, model, config)
+    assert len(ran) == 2
+    handle.remove()
+    carried = []  # a model whose last layer also sees what the first one's neurons were: x is not all there is
+    handles = [
+        layers[0].mlp.register_forward_hook(lambda _module, _args, out: carried.append(out)),
+        layers[2].register_forward_hook(lambda _module, _args, out: out + carried.pop() if carried else out),
+    ]
+    changed = evaluate(sae, tiny_store, model, config)
+    for handle in handles:
+        handle.remove()
+    assert changed["ce_clean"] != expected["ce_clean"]
+    assert not carried
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "layers_below", lambda *_: [])
+        assert evaluate(sae, tiny_store, model, config) == expected
+        for module, hook in ((layers[0].mlp, lambda _m, _a, out: carried.append(out)), (layers[2], lambda _m, _a, out: out + carried.pop())):
+            handles.append(module.register_forward_hook(hook))
+        assert evaluate(sae, tiny_store, model, config) == changed
+    for handle in handles:
+        handle.remove()
 
 
 def test_the_held_out_set_has_a_name_and_another_is_refused(tiny_store, model, tmp_path):

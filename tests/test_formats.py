@@ -31,11 +31,6 @@ GOLDEN = ROOT / "tests" / "golden"
 DICTIONARY = "dictionary_learning/AutoEncoder"
 RESID = "blocks.9.hook_resid_post"
 CASES = sorted(path.parent.relative_to(GOLDEN).as_posix() for path in GOLDEN.glob("*/*/expected.safetensors"))
-SMALL = pytest.mark.xfail(
-    strict=True, reason="LinearSAE.complete multiplies by the deviation + 1e-5, where OpenAI and SAELens leave the 1e-5 out"
-)
-
-
 def inputs() -> torch.Tensor:
     return load_file(GOLDEN / "inputs.safetensors")["x"]
 
@@ -67,7 +62,7 @@ def same(a: SAE, b: SAE, x: torch.Tensor) -> bool:
 # What the peers computed
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=SMALL if case.endswith("_small") else ()) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_latents_and_reconstructions_are_the_peers(case):
     expected, sae = load_file(GOLDEN / case / "expected.safetensors"), SAE.load(GOLDEN / case)
     x = expected.get("x", inputs()).to(sae.W_enc.dtype)
@@ -195,6 +190,7 @@ def test_some_sae_of_every_architecture_can_go_to_each_format_that_has_it():
         (made(d_out=7, apply_b_dec_to_input=False), "circuit_tracer", r"another width than the input \(7, not 6\)"),
         (made(architecture="topk", normalize_activations="layer_norm"), "sparsify", "of the input; formats that do: saelens, op"),
         (made(normalize_activations="layer_norm", d_out=6), "saelens", "a layer norm of a transcoder; formats that do: none"),
+        (made(hook_names=("a", "b"), widths=(2, 4)), "gemma_scope", "several hooks at once; formats that do: saelens"),
         (made(), "pickle", "'pickle' given; allowed: saelens, dictionary_learning"),
     ],
 )  # fmt: skip
@@ -318,7 +314,7 @@ def test_nothing_is_unpickled(tmp_path):
     state = torch.load(GOLDEN / "dictionary_learning/AutoEncoder/ae.pt", weights_only=True)
     torch.save({**state, "trap": trap}, tmp_path / "zip.pt")
     torch.save({**state, "trap": trap}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"trap": trap}))
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"trap": trap}, protocol=2))
     np.savez(tmp_path / "objects.npz", W_enc=np.array([trap], dtype=object))
     for name in ("zip.pt", "old.pt", "bare.pt", "objects.npz"):
         with pytest.raises(InputError, match=name):
@@ -455,6 +451,15 @@ def test_transcoders_that_saelens_knows_have_its_names_and_subtract_nothing(tmp_
         assert same(SAE.load(tmp_path / name), sae, rows(6))
 
 
+def test_crosscoders_keep_their_hooks(tmp_path):
+    sae = made(hook_names=("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"), widths=(2, 4))
+    sae.save(tmp_path / "sae")
+    back = SAE.load(tmp_path / "sae")
+    assert (back.cfg.hook_names, back.cfg.widths) == (sae.cfg.hook_names, sae.cfg.widths)
+    assert "widths" not in back.cfg.metadata
+    assert same(back, sae, rows(6))
+
+
 # dtypes
 
 
@@ -563,7 +568,7 @@ def peers_can_read(peer: str, folders: list[Path], x: torch.Tensor) -> None:
     if not python.exists():
         pytest.skip(f"{peer} is not set up (scripts/set_up_peers.py, and scripts/golden_formats.py --set-up)")
     save_file({"x": x}, folders[0].parent / "x.safetensors")
-    command = [python, ROOT / "scripts/golden_formats.py", "--inside", peer, "--inputs", folders[0].parent / "x.safetensors"]
+    command = [python, ROOT / "scripts/golden_cases.py", peer, "--inputs", folders[0].parent / "x.safetensors"]
     environment = {**os.environ, "WANDB_MODE": "disabled"}
     done = subprocess.run([*command, "--read", *folders], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

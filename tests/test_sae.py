@@ -84,8 +84,7 @@ def test_folder_round_trip_and_saelens_layout(tmp_path):
     ("change", "message"),
     [
         ({"architecture": "temporal"}, "temporal"),
-        ({"normalize_activations": "layer_norm"}, "layer_norm"),
-        ({"reshape_activations": "hook_z"}, "hook_z"),
+        ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),
         ({"d_sae": 21}, "do not fit"),
     ],
 )

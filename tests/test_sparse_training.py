@@ -417,20 +417,30 @@ def test_batchtopk_resumed_after_batches_of_another_scale_ends_in_the_same_bits(
     same_bits(whole, resumed(tmp_path, c, batches, at))
 
 
-def sigkilled_config():
-    return config(steps=600, checkpoint_every=15, d_sae=128, dead_window_tokens=2000, log_every=50)
+SIGKILLED = {
+    "topk": {},
+    "jumprelu": {"k": None, "target_l0": 4.0, "revive": "auxk"},
+    "matryoshka": {"random_prefixes": 3},
+    "gated": {"k": None, "target_l0": 4.0},
+}
 
 
-def run_slowly(folder):
+def sigkilled_config(kind):
+    common = {"steps": 600, "checkpoint_every": 15, "d_sae": 128, "dead_window_tokens": 2000, "log_every": 50}
+    return config(kind, **common, **SIGKILLED[kind])
+
+
+def run_slowly(folder, kind):
     """What the child process of the next test does."""
     torch.set_num_threads(1)
-    train(planted(), sigkilled_config(), checkpoints=Path(folder), progress=lambda done, total: time.sleep(0.002))
+    train(planted(), sigkilled_config(kind), checkpoints=Path(folder), progress=lambda done, total: time.sleep(0.002))
 
 
-def test_killed_by_sigkill_three_times_it_ends_in_the_same_bits(tmp_path):
+@pytest.mark.parametrize("kind", SIGKILLED)
+def test_killed_by_sigkill_three_times_it_ends_in_the_same_bits(tmp_path, kind):
     chance, seen, steps = random.Random(0), set(), []
     for _ in range(3):
-        child = subprocess.Popen([sys.executable, __file__, str(tmp_path)])
+        child = subprocess.Popen([sys.executable, __file__, str(tmp_path), kind])
         end = time.monotonic() + 60
         while child.poll() is None and time.monotonic() < end and {p.name for p in tmp_path.glob("step-*")} <= seen:
             time.sleep(0.002)
@@ -442,8 +452,8 @@ def test_killed_by_sigkill_three_times_it_ends_in_the_same_bits(tmp_path):
         steps.append(int(names[-1].removeprefix("step-")))
         seen |= set(names)
     assert 0 < steps[0] < steps[1] < steps[2] < 600
-    again = train(planted(), sigkilled_config(), checkpoints=tmp_path)
-    same_bits(again, train(planted(), sigkilled_config()))
+    again = train(planted(), sigkilled_config(kind), checkpoints=tmp_path)
+    same_bits(again, train(planted(), sigkilled_config(kind)))
 
 
 # --- dead latents
@@ -645,4 +655,4 @@ def test_the_memory_test_would_notice():
 
 
 if __name__ == "__main__":
-    run_slowly(sys.argv[1])
+    run_slowly(*sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from sae.architectures.batchtopk import BatchTopKSAE
 from sae.architectures.cross_layer import CrossLayerTranscoder
+from sae.architectures.directions import DirectionsSAE
 from sae.architectures.gated import GatedSAE
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.jumprelu import JumpReLUSAE
@@ -15,5 +16,6 @@ ARCHITECTURES: dict[str, type[SAE]] = {
     cls.architecture: cls
     for cls in (
         StandardSAE, PAnnealSAE, GatedSAE, TopKSAE, BatchTopKSAE, MatryoshkaSAE, JumpReLUSAE, CrossLayerTranscoder, IdentitySAE,
+        DirectionsSAE,
     )
 }  # fmt: skip

@@ -74,8 +74,9 @@ class GatedSAE(LinearSAE):
     def training_loss(self, x: Tensor, now: Moment) -> TrainingLoss:
         """Return mean_x ||x - x_hat||^2 + coefficient * L1(gate) + ||x - x_gate||^2 (ibid., equation 8).
 
-        The gate's ReLU(u + b_gate) is what the penalty shrinks, by its decoder norms as in the standard SAE, and x_gate is what
-        the decoder makes of it; no gradient of the latter reaches the decoder. Where the gate is shut nothing has a gradient,
+        The gate's ReLU(u + b_gate) is what the penalty shrinks, and x_gate is what the decoder makes of it; no gradient of
+        either reaches the decoder: where its rows are free (in transcoders) their norms only weigh the penalty, for else they
+        would shrink, and exp(r_mag) make up for it. Where the gate is shut nothing has a gradient,
         so its open entries are all that is looked at; the magnitudes are taken from them.
         """
         ops = now.ops
@@ -87,7 +88,7 @@ class GatedSAE(LinearSAE):
         rest = self.rest(x, target)
         out = ops.reconstruct(f, self.W_dec, self.b_dec, rest)
         by_gate = ops.reconstruct(gate, self.W_dec, self.b_dec.detach(), rest.detach(), frozen=True)
-        mse, aux, l1 = row_mean(out.error), row_mean(by_gate.error), self.l1(gate, now)
+        mse, aux, l1 = row_mean(out.error), row_mean(by_gate.error), row_mean(gate.dot(self.norms(ops).detach()))
         extra, parts = self.revived(now, x, target, out)
         parts |= {"gate": aux.detach()}
         return TrainingLoss(mse + now.coefficient * l1 + aux + extra, mse, l1, f, out.error.detach(), parts)

@@ -50,7 +50,7 @@ class LinearSAE(SAE):
         """Return what the encoder's product is taken of."""
         if self.cfg.normalize_activations == "layer_norm":
             mean, deviation = _row_moments(x)
-            x = (x - mean) / deviation
+            x = (x - mean) / (deviation + 1e-5)
         return x - self.b_dec if self.cfg.apply_b_dec_to_input else x
 
     def decode(self, f: Tensor) -> Tensor:
@@ -246,5 +246,5 @@ class LinearSAE(SAE):
 
 
 def _row_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation + 1e-5 of each row, (..., 1): OpenAI's layer norm, with the unbiased deviation."""
-    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+    """Return mean and unbiased standard deviation of each row, (..., 1), as OpenAI's layer norm takes them."""
+    return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)

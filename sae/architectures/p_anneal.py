@@ -12,6 +12,7 @@ from sae.sae import Fired, Moment, SAEConfig, row_mean
 if TYPE_CHECKING:
     from sae.dense_or_sparse import Step
 
+_END = 0.85  # of the steps before the decay: p is at its last by then
 _SMALLEST = 1e-6  # the derivative of f^p has no bound at 0
 
 
@@ -33,14 +34,16 @@ class PAnnealSAE(StandardSAE):
 
     @staticmethod
     def p(step: int, config: TrainConfig) -> float:
-        """Return p at `step`: 1 until `p_start_fraction` of the steps, then falling linearly.
+        """Return p at `step`: 1 until `p_start_fraction` of the steps, then falling linearly to `p_end`.
 
-        >>> c = TrainConfig(architecture="p_anneal", d_sae=1, steps=101, p_start_fraction=0.5, p_end=0.2)
-        >>> [round(PAnnealSAE.p(step, c), 2) for step in (0, 50, 75, 100)]
-        [1.0, 1.0, 0.6, 0.2]
+        It gets there somewhat before the rate begins to decay, so that L0 can settle.
+
+        >>> c = TrainConfig(architecture="p_anneal", d_sae=1, steps=100, p_start_fraction=0.4, p_end=0.2, lr_decay_fraction=0.2)
+        >>> [round(PAnnealSAE.p(step, c), 2) for step in (0, 40, 54, 68, 99)]
+        [1.0, 1.0, 0.6, 0.2, 0.2]
         """
-        start = config.p_start_fraction * (config.steps - 1)
-        share = (step - start) / max(config.steps - 1 - start, 1)
+        start, end = config.p_start_fraction * config.steps, _END * (1 - config.lr_decay_fraction) * config.steps
+        share = (step - start) / max(end - start, 1)
         return 1 - (1 - config.p_end) * min(max(share, 0.0), 1.0)
 
     def fire(self, x: Tensor, now: Moment) -> Fired:

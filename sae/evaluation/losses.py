@@ -7,8 +7,7 @@ serves all SAEs that are evaluated together.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from activation_store.files import write_json
-from activation_store.hooks import HookSite, locate_hooks, on_pass
+from activation_store.hooks import locate_hooks
 from sae.evaluation.bootstrap import Sums
 from sae.evaluation.held_out import SIDES, HeldOut
+from sae.evaluation.splice import Change, Passes, layers_below, next_logits
 from sae.sae import SAE
 
 Array = NDArray[np.float64]
@@ -107,44 +107,34 @@ def measure(
     shape = (len(SIDES), sequences)
     base = known or Baseline(*(np.zeros(shape) for _ in fields(Baseline)))
     spliced = {name: Spliced(np.zeros(shape), np.zeros(shape)) for name in saes}
+    below = layers_below(model, source, target)
     for start in range(0, sequences, batch):
         where = slice(start, min(start + batch, sequences))
-        passes = _Passes.clean(model, source, target, torch.from_numpy(held_out.tokens[where].astype(np.int64)).to(device))
+        tokens = torch.from_numpy(held_out.tokens[where].astype(np.int64)).to(device)
+        passes = Passes(model, source, target, tokens, below)
+        if start == 0 and below and not passes.exact():
+            below = []
+            passes = Passes(model, source, target, tokens)
         plain = torch.from_numpy(~held_out.special[where]).to(device)
         progress(plain.numel())
         for side, mask in enumerate((plain, torch.ones_like(plain))):
             if known is None:
                 base.tokens[side, where] = mask[:, :-1].sum(1).cpu()
-                base.clean[side, where] = _sums(cross_entropy(passes.logits, passes.tokens), mask)
-                base.ablated[side, where], base.ablated_kl[side, where] = passes.changed(mask, _zero)
+                base.clean[side, where] = _sums(cross_entropy(passes.logits, tokens), mask)
+                base.ablated[side, where], base.ablated_kl[side, where] = _cost(passes, mask, _zero)
                 progress(plain.numel())
             for name, sae in saes.items():
-                spliced[name].ce[side, where], spliced[name].kl[side, where] = passes.changed(mask, partial(_predict, sae))
+                spliced[name].ce[side, where], spliced[name].kl[side, where] = _cost(passes, mask, partial(_predict, sae))
                 progress(plain.numel())
     if path is not None and known is None:
         base.save(path)
     return base, spliced
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """A batch of tokens (sequence, context) and the logits of its clean pass, for passes with something changed."""
-
-    model: nn.Module
-    source: HookSite
-    target: HookSite
-    tokens: Tensor
-    logits: Tensor
-
-    @classmethod
-    def clean(cls, model: nn.Module, source: HookSite, target: HookSite, tokens: Tensor) -> "_Passes":
-        return cls(model, source, target, tokens, next_logits(model, tokens))
-
-    def changed(self, mask: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> tuple[Array, Array]:
-        """Return cross-entropy and divergence summed by sequence, with change(x, y) in place of y where `mask` holds."""
-        with replaced(self.model, self.source, self.target, lambda x, y: torch.where(mask[..., None], change(x, y), y)):
-            new = next_logits(self.model, self.tokens)
-        return _sums(cross_entropy(new, self.tokens), mask), _sums(divergence(self.logits, new), mask)
+def _cost(passes: Passes, mask: Tensor, change: Change) -> tuple[Array, Array]:
+    """Return cross-entropy and divergence summed by sequence, with change(x, y) in place of y where `mask` holds."""
+    logits = passes.changed(lambda x, y: torch.where(mask[..., None], change(x, y), y))
+    return _sums(cross_entropy(logits, passes.tokens), mask), _sums(divergence(passes.logits, logits), mask)
 
 
 def _zero(x: Tensor, y: Tensor) -> Tensor:
@@ -169,41 +159,6 @@ def _key(held_out: HeldOut, model: nn.Module, sequences: int, batch: int) -> str
         _VERSION, held_out.hash, held_out.hook_out, sequences, batch, str(parameter.dtype), parameter.device.type,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def replaced(
-    model: nn.Module, source: HookSite, target: HookSite, change: Callable[[Tensor, Tensor], Tensor]
-) -> Iterator[None]:  # fmt: skip
-    """Within the block, `target` passes on change(x, y): y is what it would have, x is what passes `source`.
-
-    Raises RuntimeError where a pass of the model reaches the target before the source, or never reaches it.
-    """
-    seen: list[Tensor] = []
-    passes = 0
-
-    def act(y: Tensor) -> Tensor:
-        nonlocal passes
-        passes += 1
-        if source == target:
-            return change(y, y)
-        if not seen:
-            raise RuntimeError(f"{target.path} ({target.side}) is passed before {source.path} ({source.side})")
-        return change(seen.pop(), y)
-
-    with ExitStack() as stack:
-        if source != target:
-            stack.enter_context(on_pass(model.get_submodule(source.path), source.side, seen.append))
-        stack.enter_context(on_pass(model.get_submodule(target.path), target.side, act))
-        yield
-    if not passes:
-        raise RuntimeError(f"the model never passed {target.path} ({target.side})")
-
-
-def next_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Return the logits of each next token, (sequence, context - 1, vocabulary), in the model's dtype."""
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return logits[:, :-1]
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:

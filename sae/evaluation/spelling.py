@@ -31,7 +31,10 @@ class Words:
 
 
 def vocabulary_words(tokenizer: Any) -> dict[str, int]:
-    """Return the words that are one token: ASCII letters only, a space may lead; word -> token id."""
+    """Return the words that are one token: ASCII letters only, a space may lead; word -> token id.
+
+    Raises InputError where there are too few for the task.
+    """
     found: dict[str, int] = {}
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         word = tokenizer.convert_tokens_to_string([token])
@@ -40,7 +43,14 @@ def vocabulary_words(tokenizer: Any) -> dict[str, int]:
         bare = word.removeprefix(" ")
         if bare.isascii() and bare.isalpha():
             found.setdefault(word, number)
+    if _border(len(found)) < _TOGETHER + _EXAMPLES:
+        raise InputError(f"evaluate.absorption: the vocabulary holds {len(found)} words of letters; too few to train and test on")
     return found
+
+
+def _border(words: int) -> int:
+    """Return how many of the words are trained on."""
+    return int(0.8 * words)
 
 
 def example(word: str) -> str:
@@ -55,17 +65,14 @@ def read_words(
 ) -> Words:  # fmt: skip
     """Draw at most `most` words, a fifth of them to test on, and read their activations at `hook`.
 
-    Examples are drawn anew for every 64 words, from the words trained on and never those asked about. Raises InputError where
-    the vocabulary holds too few words.
+    Examples are drawn anew for every 64 words, from the words trained on and never those asked about.
     """
     from transformers import DynamicCache
 
     vocabulary = vocabulary_words(tokenizer)
     chance = np.random.default_rng(seed)
-    words = [list(vocabulary)[i] for i in chance.permutation(len(vocabulary))[:most]]
-    border = int(len(words) * 0.8)
-    if border < _TOGETHER + _EXAMPLES:
-        raise InputError(f"evaluate.absorption: the vocabulary holds {len(words)} words; too few to train and test on")
+    words = chance.permutation(list(vocabulary))[:most].tolist()
+    border = _border(len(words))
     site = locate_hooks(model, [hook])[hook]
     device = next(iter(model.parameters())).device
     bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []

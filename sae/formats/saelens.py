@@ -5,6 +5,7 @@ their own, `topk_transcoder` for instance.
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _OWN_FIELDS = {
     "architecture", "d_in", "d_out", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations",
     "reshape_activations", "k", "rescale_acts_by_decoder_norm", "metadata",
 }  # fmt: skip
+_OURS = [one.name for one in fields(SAEConfig) if one.name not in {*_OWN_FIELDS, "hook_name", "hook_name_out", "skip"}]
 
 
 class SAELensFormat:
@@ -42,8 +44,8 @@ class SAELensFormat:
 
     def detect(self, found: Content) -> bool:
         """Say whether a config that speaks of d_sae and a hook lies beside W_dec, or beside nothing (an SAE without weights)."""
-        config = found.config("d_in", "d_sae")
-        if found.container != "safetensors" or config is None or not ("W_dec" in found.shapes or not found.shapes):
+        config, names = found.config("d_in", "d_sae"), {name.rpartition(".")[2] for name in found.shapes}
+        if found.container != "safetensors" or config is None or (names and "W_dec" not in names):
             return False
         return isinstance(config.get("metadata"), dict) or _is_flat(config)
 
@@ -67,13 +69,14 @@ class SAELensFormat:
             raise InputError(f"{where}: reshape_activations {reshape!r}; allowed: none, hook_z")
         if reshape == "hook_z":  # heads one after another, which is how activations lie here anyway
             metadata["reshape_activations"] = reshape
+        several = {name: tuple(metadata.pop(name)) for name in _OURS if name in metadata}  # hooks and widths of a crosscoder
         cfg = SAEConfig(
             architecture=architecture, d_in=number(config, "d_in", where), d_sae=number(config, "d_sae", where),
             hook_name=metadata.get("hook_name"), dtype=str(config.get("dtype", "float32")).removeprefix("torch."),
             apply_b_dec_to_input=bool(config.get("apply_b_dec_to_input", True)),
             k=number(config, "k", where) if architecture == "topk" else config.get("k"), metadata=metadata,
             d_out=number(config, "d_out", where) if transcoder else None, hook_name_out=metadata.get("hook_name_out"),
-            skip=skip, normalize_activations="layer_norm" if layer_norm else "none",
+            skip=skip, normalize_activations="layer_norm" if layer_norm else "none", **several,
         )  # fmt: skip
         weights = _without_scaling_factor(found.tensors(), config, where)
         if architecture == "jumprelu" and "threshold" in weights:
@@ -112,6 +115,7 @@ class SAELensFormat:
         }
         if cfg.hook_name_out is not None:
             config["metadata"]["hook_name_out"] = cfg.hook_name_out
+        config["metadata"] |= {name: list(getattr(cfg, name)) for name in _OURS if getattr(cfg, name)}
         if cfg.k is not None:
             config |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
         if _is_transcoder(cfg):
@@ -127,7 +131,7 @@ def _is_transcoder(cfg: SAEConfig) -> bool:
 
 def _name(cfg: SAEConfig) -> str:
     """Return the architecture's name, such as jumprelu_skip_transcoder; SAELens leaves a ReLU's "standard" away."""
-    if not _is_transcoder(cfg):
+    if not _is_transcoder(cfg) or cfg.architecture.endswith("transcoder"):
         return cfg.architecture
     base = [] if cfg.architecture == "standard" else [cfg.architecture]
     return "_".join([*base, *(["skip"] if cfg.skip else []), "transcoder"])
@@ -135,9 +139,11 @@ def _name(cfg: SAEConfig) -> str:
 
 def _parse(name: str) -> tuple[str, bool, bool]:
     """Return architecture, whether it is a transcoder, and whether it has a skip connection: `_name` the other way."""
+    from sae.architectures import ARCHITECTURES
+
     base = name.removesuffix("transcoder")
-    if base == name:
-        return name, False, False
+    if base == name or name in ARCHITECTURES:
+        return name, base != name, False
     words = base.strip("_").split("_") if base.strip("_") else []
     skip = words[-1:] == ["skip"]
     return "_".join(words[:-1] if skip else words) or "standard", True, skip

@@ -74,6 +74,8 @@ def lack(sae: SAE, architectures: Collection[str], *, skip: bool, other_width: b
     cfg = sae.cfg
     if cfg.architecture not in architectures:
         return f"the architecture {cfg.architecture}"
+    if len(cfg.widths) > 1:
+        return "several hooks at once"
     if cfg.skip and not skip:
         return "a skip connection"
     if cfg.width_out != cfg.d_in and not other_width:
