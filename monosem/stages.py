@@ -113,13 +113,33 @@ def _evaluate(run: Run) -> dict[str, Any]:
     store = run.store()
     with progress_bar("evaluate") as bar:
         start = time.perf_counter()
-        result = evaluate(run.sae(), store, run.subject.model, run.config.evaluate, progress=bar)
+        result = evaluate(
+            run.sae(), store, run.subject.model, run.config.evaluate, tokenizer=run.subject.tokenizer,
+            cache=run.folder / "baselines", seed=run.config.seed, progress=bar,
+        )  # fmt: skip
         seconds = time.perf_counter() - start
     write_json(run.folder / "evaluation.json", result)
     write_atomic(run.folder / "plots" / "density.png", density_plot(result))
     passes = result["tokens"] + 5 * result["ce_sequences"] * store.context
-    keys = ("l0", "mse", "explained_variance", "ce_clean", "ce_spliced", "ce_ablated", "ce_recovered", "dead_fraction")
-    return {**{key: result[key] for key in keys}, "tokens_per_second": passes / seconds}
+    keys = (
+        "l0", "mse", "explained_variance", "cosine", "relative_reconstruction_bias", "ce_clean", "ce_spliced", "ce_ablated",
+        "ce_recovered", "kl", "dead_fraction",
+    )  # fmt: skip
+    figures = {key: result[key] for key in keys}
+    if result["dark_matter"] is not None:
+        figures["error_vector_r2"] = result["dark_matter"]["error_vector_r2"]
+    figures["clustered_fraction"] = result["decoder"]["clustered_fraction"]
+    for kind, means in result.get("probing", {}).get("mean", {}).items():
+        figures |= {f"probing_{kind}_{k}": found["accuracy"] for k, found in means.items()}
+    for name, found in result.get("probing", {}).get("datasets", {}).items():
+        if found["state"] != "probed":
+            console.print(f"[yellow]![/] probing: {escape(name)}: {escape(found['reason'])}")
+    if "absorption" in result:
+        if result["absorption"]["state"] == "measured":
+            figures |= {key: result["absorption"][key] for key in ("mean_full_absorption", "mean_absorption_fraction")}
+        else:
+            console.print(f"[yellow]![/] absorption: {escape(result['absorption']['reason'])}")
+    return {**figures, "held_out_hash": result["held_out_hash"], "tokens_per_second": passes / seconds}
 
 
 def _explain(run: Run) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class TrainConfig(Section):
     l0_penalty: Literal["tanh", "step", "quadratic"] = "tanh"
     tanh_scale: float = Field(default=4.0, gt=0)
     pre_act_coefficient: float = Field(default=3e-6, ge=0)
-    bandwidth: float = Field(default=2.0, gt=0)
+    bandwidth: float = Field(default=1.0, gt=0)
     threshold_init: float = Field(default=0.1, gt=0)
     prefixes: tuple[int, ...] | None = None
     random_prefixes: int | None = Field(default=None, ge=2)

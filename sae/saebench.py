@@ -8,6 +8,7 @@ of norm 1, b_enc, b_dec; device and dtype; and a `cfg` it may write to, with mod
 context_size, dtype, architecture, what SAELens' activation store looks up, and to_dict. It calls decode(encode(x)).
 """
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from activation_store.errors import InputError
+from sae.architectures.gated import GatedSAE
 from sae.architectures.linear import LinearSAE
 from sae.ops.latents import Above
 from sae.sae import SAE
@@ -42,8 +44,8 @@ class BenchSAE(nn.Module):
     def __init__(self, sae: SAE, model_name: str | None = None) -> None:
         """Wrap `sae`; `model_name` is what TransformerLens calls the model, by default what the SAE was trained on.
 
-        Decoder rows are brought to norm 1 where that changes no reconstruction. Raises InputError for what SAEBench cannot
-        evaluate: transcoders, SAEs that need x to decode, and SAEs that do not know their model or layer.
+        Decoder rows are brought to norm 1, in a copy, where that changes no reconstruction. Raises InputError for what SAEBench
+        cannot evaluate: transcoders, SAEs that need x to decode, and SAEs that do not know their model or layer.
         """
         super().__init__()
         cfg = sae.cfg
@@ -56,13 +58,17 @@ class BenchSAE(nn.Module):
         if model is None or layer is None:
             field = f"hook_name {cfg.hook_name!r}, which says no layer" if layer is None else "no model_name in its metadata"
             raise InputError(f"the SAE has {field}; SAEBench looks it up (load takes model_name=)")
+        if isinstance(sae, GatedSAE):  # which has two biases, where one is looked for
+            sae = sae.as_jumprelu()
         norm = sae.W_dec.detach().norm(dim=1)
-        if isinstance(sae, LinearSAE) and isinstance(sae.rule(), Above) and not torch.allclose(norm, torch.ones_like(norm), atol=1e-6):
+        off = (norm > 0) & ((norm - 1).abs() > 1e-6)
+        if off.any() and isinstance(sae, LinearSAE) and isinstance(sae.rule(), Above):  # the k largest would be others
+            sae = copy.deepcopy(sae)
             with torch.no_grad():
-                sae.fold_norms(torch.where(norm > 0, norm, 1))
+                sae.fold_norms(torch.where(off, norm, 1))
         self.sae = sae
         self.cfg = BenchConfig(
-            architecture=cfg.architecture, model_name=model, d_in=cfg.d_in, d_sae=cfg.d_sae, hook_name=cfg.hook_name,
+            architecture=sae.cfg.architecture, model_name=model, d_in=cfg.d_in, d_sae=cfg.d_sae, hook_name=cfg.hook_name,
             hook_layer=int(layer[1]), hook_head_index=None, context_size=cfg.metadata.get("context_size") or 128,
             dtype=str(sae.W_enc.dtype).removeprefix("torch."), device=str(sae.W_enc.device), k=cfg.k,
             apply_b_dec_to_input=cfg.apply_b_dec_to_input, normalize_activations="none", activation_fn_str="",

@@ -140,7 +140,8 @@ def test_words_are_single_tokens_of_letters(monkeypatch):
     assert example(" dog") == "\n dog has the first letter: D"
 
 
-def test_words_are_read_as_in_their_whole_prompt(model, tiny_model_dir, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("hook", [HOOK, "blocks.0.hook_resid_pre", "blocks.2.attn.hook_z"])
+def test_words_are_read_as_in_their_whole_prompt(model, tiny_model_dir, monkeypatch, hook):  # noqa: F811
     """The examples' keys and values are shared: each word's activation must be that of the prompt in full."""
     monkeypatch.setattr(spelling, "_TOGETHER", 5)
     monkeypatch.setattr(spelling, "_EXAMPLES", 3)
@@ -151,10 +152,10 @@ def test_words_are_read_as_in_their_whole_prompt(model, tiny_model_dir, monkeypa
         prompts.append(kwargs["input_ids"])
 
     handle = model.register_forward_pre_hook(listen, with_kwargs=True)
-    words = read_words(model, tokenizer, HOOK, 40, True, 0)
+    words = read_words(model, tokenizer, hook, 40, True, 0)
     handle.remove()
     assert len(words.words) == len(set(words.words)) == len(words.x)
-    prefixes = [ids for ids in prompts if ids.shape[1] > 1]
+    prefixes = [ids for i, ids in enumerate(prompts) if ids.shape[1] > 1 and (i == 0 or ids is not prompts[i - 1])]
     for prefix, asked in zip(prefixes, (ids for ids in prompts if ids.shape[1] == 1), strict=True):
         assert prefix[0, 0] == tokenizer.bos_token_id
         shown = tokenizer.decode(prefix[0])
@@ -162,7 +163,7 @@ def test_words_are_read_as_in_their_whole_prompt(model, tiny_model_dir, monkeypa
         for row, word in zip(rows, asked, strict=True):
             assert f"\n{words.words[row]} has" not in shown
             whole = torch.cat([prefix[0], word])[None]
-            expected = capture(model, locate_hooks(model, [HOOK]), whole)[HOOK][0, -1]
+            expected = capture(model, locate_hooks(model, [hook]), whole)[hook][0, -1]
             torch.testing.assert_close(words.x[row], expected, atol=1e-4, rtol=1e-4)
     assert shown.count(" has the first letter: ") == 3
     letters = [word.strip()[0].lower() for word in words.words]

@@ -233,31 +233,35 @@ def test_many_saes_have_the_figures_of_each_alone_in_fewer_passes(tiny_store, mo
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_layers_below_the_hook_run_once_a_batch_and_every_time_where_that_is_not_exact(tiny_store, model):
+def test_layers_below_the_hook_run_once_a_batch(tiny_store, model):
     sae, config = sae_for(32, HOOK), EvaluateConfig(ce_sequences=4, batch_size=2, resamples=0, dark_matter=False)
-    layers, ran = model.model.layers, []
-    handle = layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append(0))
-    expected = evaluate(sae, tiny_store, model, config)
-    assert len(ran) == 2
+    ran = []
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: ran.append(0))
+    found = evaluate(sae, tiny_store, model, config)
     handle.remove()
-    carried = []  # a model whose last layer also sees what the first one's neurons were: x is not all there is
-    handles = [
-        layers[0].mlp.register_forward_hook(lambda _module, _args, out: carried.append(out)),
-        layers[2].register_forward_hook(lambda _module, _args, out: out + carried.pop() if carried else out),
-    ]
-    changed = evaluate(sae, tiny_store, model, config)
-    for handle in handles:
-        handle.remove()
-    assert changed["ce_clean"] != expected["ce_clean"]
-    assert not carried
+    assert len(ran) == 2
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "layers_below", lambda *_: [])
-        assert evaluate(sae, tiny_store, model, config) == expected
-        for module, hook in ((layers[0].mlp, lambda _m, _a, out: carried.append(out)), (layers[2], lambda _m, _a, out: out + carried.pop())):
-            handles.append(module.register_forward_hook(hook))
-        assert evaluate(sae, tiny_store, model, config) == changed
+        assert evaluate(sae, tiny_store, model, config) == found
+    assert "forward" not in vars(model.model.layers[0])
+
+
+def test_layers_run_every_time_where_later_ones_see_more_of_them_than_x(tiny_store, model):
+    sae, config = sae_for(32, HOOK), EvaluateConfig(ce_sequences=4, batch_size=2, resamples=0, dark_matter=False)
+    plain = evaluate(sae, tiny_store, model, config)
+    carried = []  # past the hook, from the first layer to the last
+    first, last = model.model.layers[0].mlp, model.model.layers[2]
+    handles = [
+        first.register_forward_hook(lambda _module, _args, out: carried.append(out)),
+        last.register_forward_hook(lambda _module, _args, out: out + carried.pop() if carried else out),
+    ]
+    found = evaluate(sae, tiny_store, model, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "layers_below", lambda *_: [])
+        assert evaluate(sae, tiny_store, model, config) == found
     for handle in handles:
         handle.remove()
+    assert found["ce_spliced"] != plain["ce_spliced"]
 
 
 def test_the_held_out_set_has_a_name_and_another_is_refused(tiny_store, model, tmp_path):

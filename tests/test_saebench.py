@@ -12,6 +12,7 @@ from test_intervene import sae_for
 
 from activation_store.errors import InputError
 from sae import SAE
+from sae.architectures.gated import GatedSAE
 from sae.architectures.jumprelu import JumpReLUSAE
 from sae.architectures.topk import TopKSAE
 from sae.sae import SAEConfig
@@ -90,6 +91,19 @@ def test_decoder_rows_get_norm_one_where_nothing_else_changes():
     other = topk()  # the k largest would be others, so they stay
     bias = other.W_dec.clone()
     assert torch.equal(BenchSAE(other).W_dec, bias)
+
+
+def test_a_gated_sae_comes_as_the_jumprelu_that_it_is():
+    g = torch.Generator().manual_seed(5)
+    sae = GatedSAE(SAEConfig("gated", 16, 40, HOOK, metadata=dict(KNOWN))).requires_grad_(False)
+    for parameter in sae.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=g))
+    x = torch.randn(50, 16)
+    before = sae(x)
+    bench = BenchSAE(sae)
+    torch.testing.assert_close(bench(x), before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(sae(x), before)
+    assert (bench.cfg.architecture, bench.b_enc.shape) == ("jumprelu", (40,))
 
 
 def test_what_saebench_cannot_evaluate_is_refused(tmp_path):

@@ -436,7 +436,7 @@ def run_slowly(folder, kind):
     train(planted(), sigkilled_config(kind), checkpoints=Path(folder), progress=lambda done, total: time.sleep(0.002))
 
 
-@pytest.mark.parametrize("kind", SIGKILLED)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.soak if kind == "gated" else ()) for kind in SIGKILLED])
 def test_killed_by_sigkill_three_times_it_ends_in_the_same_bits(tmp_path, kind):
     chance, seen, steps = random.Random(0), set(), []
     for _ in range(3):

@@ -28,6 +28,8 @@ class HeldOut:
     @classmethod
     def of(cls, sae: SAE, store: ActivationStore) -> "HeldOut":
         """Return the held-out set of an SAE. Raises InputError where the store's hooks or widths are not the SAE's."""
+        if sae.cfg.hook_names:
+            raise InputError(f"the SAE reads {len(sae.cfg.hook_names)} hooks at once; only those that read one can be evaluated")
         hook = sae.cfg.hook_name or store.hooks[0]
         hook_out = sae.cfg.hook_name_out or hook
         for name, field, width in ((hook, "d_in", sae.cfg.d_in), (hook_out, "d_out", sae.cfg.width_out)):

@@ -5,6 +5,7 @@ from there. A number of words share one set of examples, which passes through th
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,10 @@ def example(word: str) -> str:
     return f"\n{word} has the first letter: {word.strip()[0].upper()}"
 
 
+class _Read(Exception):
+    """The hook has been passed: nothing above it need run."""
+
+
 @torch.inference_mode()
 def read_words(
     model: nn.Module, tokenizer: Any, hook: str, most: int, prepend_bos: bool, seed: int,
@@ -76,11 +81,20 @@ def read_words(
     site = locate_hooks(model, [hook])[hook]
     device = next(iter(model.parameters())).device
     bos = [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
-    rows: list[Tensor] = []
+    module = model.get_submodule(site.path)
+    found: list[Tensor] = []
 
     def keep(x: Tensor) -> None:
-        rows.append(x[:, 0].float().cpu())
+        found.append(x[:, -1].float().cpu())
+        raise _Read
 
+    def read(ids: Tensor, cache: Any) -> Tensor:
+        """Run the model as far as the hook, and return what its last tokens are there."""
+        with suppress(_Read), on_pass(module, site.side, keep):
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return found.pop()
+
+    rows: list[Tensor] = []
     for low, high in ((0, border), (border, len(words))):
         for start in range(low, high, _TOGETHER):
             asked = words[start : min(start + _TOGETHER, high)]
@@ -88,11 +102,12 @@ def read_words(
             shown = [words[i] for i in chance.choice(others, _EXAMPLES, replace=False)]
             prefix = bos + tokenizer("".join(map(example, shown)) + "\n", add_special_tokens=False)["input_ids"]
             cache = DynamicCache(config=model.config)
-            model(input_ids=torch.tensor([prefix], device=device), past_key_values=cache, use_cache=True)
+            examples = torch.tensor([prefix], device=device)
+            read(examples, cache)
+            if cache.get_seq_length() < len(prefix):  # the hook is below the first attention, whose cache counts positions
+                model(input_ids=examples, past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(asked))
-            ids = torch.tensor([[vocabulary[word]] for word in asked], device=device)
-            with on_pass(model.get_submodule(site.path), site.side, keep):
-                model(input_ids=ids, past_key_values=cache, use_cache=True)
+            rows.append(read(torch.tensor([[vocabulary[word]] for word in asked], device=device), cache))
             progress(len(asked))
     letters = np.array([LETTERS.index(word.strip()[0].lower()) for word in words])
     return Words(words, torch.cat(rows), letters, np.arange(len(words)) >= border)
