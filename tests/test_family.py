@@ -342,10 +342,9 @@ def test_a_planted_dictionary_is_recovered(architecture, own):
 @pytest.mark.parametrize(
     ("architecture", "target"),
     [
-        ("standard", 6.0), ("jumprelu", 3.0), *(pytest.param(*case, marks=pytest.mark.soak) for case in
-        (("standard", 3.0), ("jumprelu", 6.0), ("gated", 3.0), ("p_anneal", 3.0))),
+        ("standard", 3.0), ("standard", 6.0), ("jumprelu", 3.0), ("jumprelu", 5.0), ("gated", 3.0), ("p_anneal", 3.0),
     ],
-)
+)  # fmt: skip
 def test_target_l0_is_met_within_five_percent(architecture, target):
     c = config(architecture, target_l0=target, steps=800, batch_size=256, lr=4e-3)
     sae = train(planted(100, 256), c)
