@@ -1,13 +1,13 @@
 """How much of a synthetic model's known features SAEs find, ours and SAELens', from the very same rows.
 
 The model is `SyntheticModel.preset("small")`: superposition, Zipf firing, hierarchy, correlation. Both sides train on the rows of
-one file in its order: same learning rate, warm-up, decay, batch, steps, input scale, dead window. Each has its own
-defaults beyond that, and SAELens those of its options that serve it best here (`THEIRS`). The learning rate is, of
+one file in its order: same learning rate, warm-up, decay, batch, steps, input scale, dead window. Beyond that ours has its
+defaults; SAELens is run with those of its options that serve it best here, and once with its defaults. The learning rate is, of
 `RATES`, that at which SAELens' MCC is best. Where a coefficient sets L0, it is searched on either side until L0 is near k.
 Both are read and scored by the same code, on rows that neither has seen. Every run is kept in FOLDER/runs, and none that
-is there is made again.
+is there is made again, but ours with --again.
 
-    python scripts/set_up_peers.py && python benchmarks/ground_truth.py --folder runs/ground-truth [--only topk ...]
+    python scripts/set_up_peers.py && python benchmarks/ground_truth.py --folder runs/ground-truth [--only topk ...] [--again]
 """
 
 import argparse
@@ -32,30 +32,35 @@ from sae.synthetic import PRESETS, SyntheticModel
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "ground-truth-cpu.json"
-BATCH, STEPS, BATCHES, SEEDS = 1024, 2000, 400, 3  # rows are gone through STEPS / BATCHES times
-WARM, DECAY, WINDOW = STEPS // 20, STEPS // 5, 200
-RATES = (1e-3, 3e-3)
-WIDTHS = {1024: 8, 256: 5}  # d_sae: k; as many latents as features, and as SynthSAEBench has it a quarter of them
+BATCH, STEPS, BATCHES, SEEDS = 1024, 3000, 500, 3  # rows are gone through STEPS / BATCHES times
+WARM, DECAY, WINDOW = STEPS // 20, STEPS // 5, 300
+RATES = (1e-3, 3e-3, 6e-3)
+WIDTHS = {512: 5, 128: 4}  # d_sae: k. As many latents as features, and a quarter of them as SynthSAEBench has it; k is their L0
 CLOSE, TRIES = 0.04, 6  # L0 may be so far from k, and be searched for so often
 MODEL = SyntheticModel.preset("small", batch_size=BATCH)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """An architecture: what each side is told beside what both share, and what its coefficient is called, if it has one."""
+    """An architecture: what each side is told beside what both share, and what its coefficient is called, if it has one.
+
+    `theirs` is what serves SAELens best, `default` what it has by default where that is something else.
+    """
 
     ours: dict[str, Any]
     theirs: dict[str, Any]
+    default: dict[str, Any] | None = None
     coefficient: str | None = None
     first: float = 1.0
 
 
-RESCALED = {"rescale_acts_by_decoder_norm": True}  # SAELens' default
+RESCALED = {"rescale_acts_by_decoder_norm": True}
+NOT_RESCALED = {"rescale_acts_by_decoder_norm": False}
 KINDS = {
-    "standard": Kind({}, {"l1_warm_up_steps": WARM}, "l1_coefficient", 1.0),
-    "topk": Kind({}, {**RESCALED, "use_sparse_activations": False}),
-    "batchtopk": Kind({}, RESCALED),
-    "jumprelu": Kind({}, {"l0_warm_up_steps": WARM}, "l0_coefficient", 1.0),
+    "standard": Kind({}, {"l1_warm_up_steps": WARM, "compile_sae": False}, None, "l1_coefficient", 2.0),
+    "topk": Kind({}, {**NOT_RESCALED, "use_sparse_activations": False}, {**RESCALED, "use_sparse_activations": False}),
+    "batchtopk": Kind({}, NOT_RESCALED, RESCALED),
+    "jumprelu": Kind({}, {"l0_warm_up_steps": WARM}, None, "l0_coefficient", 1.0),
 }
 
 
@@ -98,10 +103,10 @@ def train_ours(case: Case, value: float | None, folder: Path, at: Path) -> dict[
     return config.model_dump(mode="json")
 
 
-def train_theirs(case: Case, value: float | None, folder: Path, at: Path) -> dict[str, Any]:
+def train_theirs(case: Case, value: float | None, folder: Path, at: Path, own: dict[str, Any]) -> dict[str, Any]:
     options = {
         "normalize_activations": "expected_average_only_in", "lr_warm_up_steps": WARM, "lr_decay_steps": DECAY,
-        "dead_feature_window": WINDOW, **case.kind.theirs,
+        "dead_feature_window": WINDOW, **own,
     }  # fmt: skip
     job: dict[str, Any] = {
         "architecture": case.architecture, "d_in": rows_of(folder).shape[1], "d_sae": case.d_sae, "lr": case.lr, "steps": STEPS,
@@ -129,12 +134,16 @@ def train_theirs(case: Case, value: float | None, folder: Path, at: Path) -> dic
 
 def score(side: str, case: Case, value: float | None, folder: Path) -> dict[str, Any]:
     """Train and score, or take what is there."""
-    name = f"{side}-{case.architecture}-{case.d_sae}-{case.seed}-{case.lr:g}" + ("" if value is None else f"-{value:.5g}")
+    parts = (side.replace(" ", "-"), case.architecture, case.d_sae, case.seed, f"{case.lr:g}", value and f"{value:.5g}")
+    name = "-".join(str(part) for part in parts if part is not None)
     at = folder / "runs" / name
     kept = at.with_name(f"{name}.score.json")
     if not kept.exists():
         at.parent.mkdir(parents=True, exist_ok=True)
-        settings = (train_ours if side == "monosem" else train_theirs)(case, value, folder, at)
+        if side == "monosem":
+            settings = train_ours(case, value, folder, at)
+        else:
+            settings = train_theirs(case, value, folder, at, case.kind.theirs if side == "saelens" else case.kind.default or {})
         figures = recovery(SAE.load(at), MODEL)
         kept.write_text(json.dumps({**figures, "coefficient": value, "settings": settings}, indent=2) + "\n")
         print(name, {n: round(figures[n], 4) for n in ("mcc", "f1", "explained_variance", "l0", "dead_latents")}, flush=True)
@@ -184,6 +193,8 @@ def compare(architecture: str, folder: Path) -> list[dict[str, Any]]:
             first = near_k(side, Case(architecture, d_sae, 0, lr), folder)
             rest = [score(side, Case(architecture, d_sae, seed, lr), first["coefficient"], folder) for seed in range(1, SEEDS)]
             sides[side] = several([first, *rest])
+        if KINDS[architecture].default is not None:
+            sides["saelens defaults"] = several([score("saelens defaults", Case(architecture, d_sae, 0, lr), None, folder)])
         cases.append({"architecture": architecture, "d_sae": d_sae, "k": WIDTHS[d_sae], "lr": lr, "true_l0": first["true_l0"],
                       **sides})  # fmt: skip
     tried = [
@@ -198,7 +209,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/ground-truth"))
     parser.add_argument("--only", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--again", action="store_true", help="train ours again, for instance after a change to the trainer")
     args = parser.parse_args()
+    for architecture in args.only if args.again else ():
+        for kept in (args.folder / "runs").glob(f"monosem-{architecture}-*.score.json"):
+            kept.unlink()
     cases = [case for architecture in args.only for case in compare(architecture, args.folder.resolve())]
     for case, figure in product(cases, ("mcc", "f1", "explained_variance", "l0", "dead_latents")):
         print(case["architecture"], case["d_sae"], figure, *(round(case[s][figure]["mean"], 4) for s in ("monosem", "saelens")))

@@ -139,7 +139,10 @@ def _evaluate(run: Run) -> dict[str, Any]:
             figures |= {key: result["absorption"][key] for key in ("mean_full_absorption", "mean_absorption_fraction")}
         else:
             console.print(f"[yellow]![/] absorption: {escape(result['absorption']['reason'])}")
-    return {**figures, "held_out_hash": result["held_out_hash"], "tokens_per_second": passes / seconds}
+    figures["held_out_hash"] = result["held_out_hash"]
+    if not {"probing", "absorption"} & set(result):  # whose texts are no part of these tokens
+        figures["tokens_per_second"] = passes / seconds
+    return figures
 
 
 def _explain(run: Run) -> dict[str, Any]:

@@ -219,7 +219,7 @@ class EvaluateConfig(Section):
 
     `held_out_hash` names the held-out set that the figures are to be of: another one is refused. Intervals are of `resamples`
     bootstrap samples (0: none). `cluster_cosine` joins latents whose decoder rows are that close; `dark_matter` regresses
-    the error on the input, which takes memory for six (d_in, d_in) matrices. `probing` and `absorption` are off by default.
+    the error on the input, which takes four (d_in, d_in) matrices in float64. `probing` and `absorption` are off by default.
     """
 
     ce_sequences: int = Field(default=64, ge=1)

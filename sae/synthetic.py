@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from activation_store.config import Section
-from activation_store.errors import InputError
+from activation_store.errors import InputError, first_line
 from sae.ops import SparseLatents, kernels_for
 
 _REACH = 2.0  # see _heads_that_fire: deviations of the shared part up to which throws cover a feature's probability
@@ -81,14 +82,14 @@ _SYNTHSAEBENCH = SyntheticConfig(
 )
 PRESETS: dict[str, SyntheticConfig] = {
     "synthsaebench-16k": _SYNTHSAEBENCH,
-    # the same kind of problem for two CPU cores: 8 features a dimension, 8 of which fire on a row
+    # the same kind of problem for two CPU cores: 8 features a dimension, of which 5.4 fire on a row
     "small": _SYNTHSAEBENCH.model_copy(
-        update={"features": 1024, "d_in": 128, "roots": 8, "correlation_rank": 8, "min_probability": 2e-3}
+        update={"features": 512, "d_in": 64, "roots": 4, "correlation_rank": 8, "min_probability": 4e-3}
     ),
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SyntheticModel:
     """Features and how they fire; `Seekable`, so that `train(model, config)` draws its batches.
 
@@ -153,14 +154,16 @@ class SyntheticModel:
         `seed` is of the batches. Magnitudes are not in the folder; they are made again from its config, as SAELens does.
         Raises InputError for a folder that is none, or magnitudes that cannot be made again.
         """
-        path = Path(path)
-        for name in (_CONFIG, _WEIGHTS):
-            if not (path / name).is_file():
-                raise InputError(f"{path}: no {name}; a folder that SAELens' SyntheticModel.save wrote has one")
-        config, weights = json.loads((path / _CONFIG).read_text()), load_file(path / _WEIGHTS)
-        features, n = weights["feature_vectors"].float(), len(weights["feature_vectors"])
+        path, nodes = Path(path), []
+        try:
+            config, weights = json.loads((path / _CONFIG).read_text()), load_file(path / _WEIGHTS)
+            features, bias, probability = (weights[name].float() for name in ("feature_vectors", "bias", "firing_probabilities"))
+            if (path / _HIERARCHY).is_file():
+                nodes = json.loads((path / _HIERARCHY).read_text())["roots"]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise InputError(f"{path}: no folder that SAELens' SyntheticModel.save wrote ({first_line(error)})") from error
+        n = len(features)
         parent, exclusive, scales = torch.full((n,), -1), torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
-        nodes = json.loads((path / _HIERARCHY).read_text())["roots"] if (path / _HIERARCHY).is_file() else []
         while nodes:
             node = nodes.pop()
             index = node["feature_index"]
@@ -172,7 +175,7 @@ class SyntheticModel:
         seed_of = {name: None if config["seed"] is None else config["seed"] + i for i, name in enumerate(("std", "mean"), 1)}
         mean, std = (_magnitudes(config[f"{name}_firing_magnitudes"], n, seed_of[name], path) for name in ("mean", "std"))
         return cls(
-            features, weights["bias"].float(), weights["firing_probabilities"].float(), mean, std, parent, exclusive, scales,
+            features, bias, probability, mean, std, parent, exclusive, scales,
             weights.get("correlation_factor", torch.zeros(n, 0)).float(), seed=seed, batch_size=batch_size,
         )  # fmt: skip
 

@@ -142,7 +142,8 @@ def train(
     else:
         columns = torch.cat([torch.full((t.shape[1],), s) for t, s in zip(first, scales, strict=True)]).to(device)
         sae.fold_scale(columns[: site.d_in], columns[site.d_in :] if site.d_out else None)
-    training = {"steps": config.steps, "tokens": config.steps * config.batch_size, "input_scale": scales[0], **log.last}
+    training = {"steps": config.steps, "tokens": config.steps * config.batch_size,
+                "input_scale": scales[0] if len(scales) == 1 else scales, **log.last}  # fmt: skip
     sae.with_metadata(training=training, train_config=config.model_dump(mode="json"))
     return sae.cpu().eval().requires_grad_(False)
 

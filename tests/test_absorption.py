@@ -155,6 +155,7 @@ def test_words_are_read_as_in_their_whole_prompt(model, tiny_model_dir, monkeypa
     words = read_words(model, tokenizer, hook, 40, True, 0)
     handle.remove()
     assert len(words.words) == len(set(words.words)) == len(words.x)
+    site = locate_hooks(model, [hook])
     prefixes = [ids for i, ids in enumerate(prompts) if ids.shape[1] > 1 and (i == 0 or ids is not prompts[i - 1])]
     for prefix, asked in zip(prefixes, (ids for ids in prompts if ids.shape[1] == 1), strict=True):
         assert prefix[0, 0] == tokenizer.bos_token_id
@@ -163,7 +164,7 @@ def test_words_are_read_as_in_their_whole_prompt(model, tiny_model_dir, monkeypa
         for row, word in zip(rows, asked, strict=True):
             assert f"\n{words.words[row]} has" not in shown
             whole = torch.cat([prefix[0], word])[None]
-            expected = capture(model, locate_hooks(model, [hook]), whole)[hook][0, -1]
+            expected = capture(model, site, whole)[hook][0, -1]
             torch.testing.assert_close(words.x[row], expected, atol=1e-4, rtol=1e-4)
     assert shown.count(" has the first letter: ") == 3
     letters = [word.strip()[0].lower() for word in words.words]

@@ -292,11 +292,11 @@ def test_the_held_out_set_has_a_name_and_another_is_refused(tiny_store, model, t
 
 def test_intervals_hold_the_figures_and_shrink_with_more_sequences(tiny_store, model):
     sae = sae_for(32, HOOK)
-    result = evaluate(sae, tiny_store, model, EvaluateConfig(ce_sequences=60))
+    result = evaluate(sae, tiny_store, model, EvaluateConfig(ce_sequences=60, dark_matter=False))
     for name in ("l0", "mse", "explained_variance", "cosine", "ce_clean", "ce_spliced", "ce_ablated", "kl"):
         low, high = result["intervals"][name]
         assert low < result[name] < high, name
-    fewer = evaluate(sae, tiny_store, model, EvaluateConfig(ce_sequences=6))["intervals"]["ce_clean"]
+    fewer = evaluate(sae, tiny_store, model, EvaluateConfig(ce_sequences=6, dark_matter=False))["intervals"]["ce_clean"]
     more = result["intervals"]["ce_clean"]
     assert fewer[1] - fewer[0] > 1.5 * (more[1] - more[0])
     assert set(evaluate(sae, tiny_store, model, EvaluateConfig(ce_sequences=1, resamples=0))["intervals"].values()) == {None}

@@ -119,10 +119,11 @@ def test_texts_are_pooled_over_their_own_tokens_alone(tiny_store, model, tokeniz
     sae = sae_for(32, HOOK)
     texts = ["the ship sails", "a", "the cook cuts an onion and warm bread with butter soup salt pan oven spice", "salt </s> pan"]
     config = settings("x", pooling=how, context=12)
+    site = locate_hooks(model, [HOOK])
     latents, activations = pooled_latents({"sae": sae}, texts, model, tokenizer, tiny_store, HOOK, config, 3)
     for i, text in enumerate(texts):
         ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]][:12]
-        x = capture(model, locate_hooks(model, [HOOK]), torch.tensor([ids]))[HOOK][0]
+        x = capture(model, site, torch.tensor([ids]))[HOOK][0]
         x = x[[token not in tiny_store.attrs["special_token_ids"] for token in ids]]
         f = sae.encode(x)
         expected = (x.mean(0), f.mean(0)) if how == "mean" else (x.amax(0), f.amax(0))

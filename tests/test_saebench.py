@@ -161,7 +161,7 @@ def peer(folder) -> None:
         core.save_single_eval_result(result, "id", "version", "commit", f"{sys.argv[1]}/{name}.json", sae)
 
 
-@pytest.mark.skipif(not PEER.exists(), reason="SAEBench is not installed; CONTRIBUTING says how")
+@pytest.mark.skipif(not PEER.exists(), reason="sae-bench is not installed there; MONOSEM_SAEBENCH_PYTHON names another")
 def test_saebench_itself_evaluates_a_folder(sweep):
     code = f"{inspect.getsource(peer)}\nfrom pathlib import Path\nimport sys\npeer(Path(sys.argv[1]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -193,7 +193,7 @@ def test_bad_models_are_refused(tmp_path):
                          ({"mean_magnitude": (1, 0)}, "must be above 0"), ({"zipf": 1}, "zipf")):  # fmt: skip
         with pytest.raises(ValidationError, match=said):
             model(**change)
-    with pytest.raises(InputError, match=r"no synthetic_model_config.json"):
+    with pytest.raises(InputError, match=r"no folder that SAELens' SyntheticModel.save wrote \(FileNotFoundError"):
         SyntheticModel.load(tmp_path)
     folder = tmp_path / "model"
     shutil.copytree(GOLDEN / "synthetic-model", folder)
@@ -203,6 +203,9 @@ def test_bad_models_are_refused(tmp_path):
         SyntheticModel.load(folder)
     (folder / "hierarchy.json").write_text(json.dumps({"roots": [{"feature_index": None, "children": []}]}))
     with pytest.raises(InputError, match="without feature_index"):
+        SyntheticModel.load(folder)
+    (folder / "synthetic_model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(InputError, match="SafetensorError"):
         SyntheticModel.load(folder)
 
 

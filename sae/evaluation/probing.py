@@ -65,11 +65,11 @@ def pooled_latents(
         within = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         mask = within & ~torch.isin(tokens, special)
         x = capture(model, site, tokens.to(device))[hook][mask.to(device)].float()
-        text = mask.nonzero()[:, 0].to(device)
-        activations[chosen] = pool_dense(x, text, len(chosen), config.pooling).cpu().numpy()
+        text = mask.nonzero()[:, 0]
+        activations[chosen] = pool_dense(x.cpu(), text, len(chosen), config.pooling).numpy()
         for name, sae in saes.items():
             f = sae.encode_sparse(x.to(sae.b_dec.device))
-            of_text, latents, values = (part.cpu().numpy() for part in pool(f, text, len(chosen), config.pooling))
+            of_text, latents, values = (part.numpy() for part in pool(f, text, len(chosen), config.pooling))
             parts[name].append(csr_array((values, (of_text, latents)), shape=(len(chosen), sae.cfg.d_sae)))
         progress(len(chosen))
     back = np.argsort(order, kind="stable")
@@ -79,16 +79,16 @@ def pooled_latents(
 def pool(f: SparseLatents, text: Tensor, texts: int, how: str) -> tuple[Tensor, Tensor, Tensor]:
     """Pool latents over the tokens of each text: (text, latent, value) of what is not zero; `text` (token,) says whose each is.
 
-    A mean is over all tokens of the text, a maximum is at least 0.
+    A mean is over all tokens of the text, a maximum is at least 0. On the CPU, which adds in a fixed order.
     """
-    text = text.to(f.values.device)
-    codes, of = torch.unique(text[f.rows.long()] * f.d_sae + f.index, return_inverse=True)
-    values = torch.zeros(len(codes), device=f.values.device)
+    rows, latents, entries = f.rows.long().cpu(), f.index.cpu(), f.values.cpu()
+    codes, of = torch.unique(text[rows] * f.d_sae + latents, return_inverse=True)
+    values = torch.zeros(len(codes))
     if how == "mean":
-        values.index_add_(0, of, f.values)
+        values.index_add_(0, of, entries)
         values /= torch.bincount(text, minlength=texts)[codes // f.d_sae]
     else:
-        values.scatter_reduce_(0, of, f.values, "amax")
+        values.scatter_reduce_(0, of, entries, "amax")
     return codes // f.d_sae, codes % f.d_sae, values
 
 

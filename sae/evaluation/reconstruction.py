@@ -26,7 +26,7 @@ _SCALARS = (
 
 @dataclass
 class _Tally:
-    """One side's sums: of scalars and of the target by cluster, float64, and counts by latent and by position."""
+    """One side's sums: of scalars and of the target by cluster, float64 on the CPU, and counts by latent and by position."""
 
     scalars: Tensor
     target: Tensor
@@ -36,13 +36,13 @@ class _Tally:
 
     @classmethod
     def empty(cls, clusters: int, sae: SAE, context: int, device: torch.device) -> "_Tally":
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        zeros = partial(torch.zeros, dtype=torch.float64)
         fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
-        return cls(zeros(clusters, len(_SCALARS)), zeros(clusters, sae.cfg.width_out), fired, zeros(context), zeros(context))
+        by_position = (zeros(context, device=device) for _ in range(2))
+        return cls(zeros(clusters, len(_SCALARS)), zeros(clusters, sae.cfg.width_out), fired, *by_position)
 
     def sums(self) -> dict[str, NDArray[np.float64]]:
-        scalars = dict(zip(_SCALARS, self.scalars.T.cpu().numpy(), strict=True))
-        return {**scalars, "target": self.target.cpu().numpy()}
+        return {**dict(zip(_SCALARS, self.scalars.T.numpy(), strict=True)), "target": self.target.numpy()}
 
     def figures(self) -> dict[str, Any]:
         everything = total(self.sums())
@@ -112,7 +112,7 @@ def reconstruct(
         target, predicted = y.double(), y_hat.double()
         counts = f.row_sum((f.values > 0).float()).double()
         scalars = _scalars(target, predicted, counts, f.row_sum(f.values.abs()).double(), centre)
-        cluster = torch.arange(start, stop, device=device) * clusters // held_out.sequences
+        cluster = torch.arange(start, stop) * clusters // held_out.sequences
         plain_rows = kept[start:stop].reshape(-1).to(device)
         for side, tally in tallies.items():
             mask = plain_rows if side == "without_special" else torch.ones_like(plain_rows)
@@ -148,5 +148,5 @@ def _scalars(y: Tensor, y_hat: Tensor, l0: Tensor, l1: Tensor, centre: Tensor) -
 
 
 def _by_sequence(values: Tensor, mask: Tensor, context: int) -> Tensor:
-    """Sum the rows of (token, n) that `mask` keeps over each sequence, (sequence, n)."""
-    return torch.where(mask[:, None], values, 0).view(-1, context, values.shape[1]).sum(1)
+    """Sum the rows of (token, n) that `mask` keeps over each sequence, (sequence, n) on the CPU, which adds in a fixed order."""
+    return torch.where(mask[:, None], values, 0).view(-1, context, values.shape[1]).sum(1).cpu()
