@@ -5,6 +5,6 @@ Imports with torch, numpy, safetensors and pydantic alone; everything heavier is
 
 from sae.config import EvaluateConfig, TrainConfig
 from sae.sae import SAE, LatentStatistics, SAEConfig
-from sae.train import train
+from sae.train import train, train_sweep
 
-__all__ = ["SAE", "EvaluateConfig", "LatentStatistics", "SAEConfig", "TrainConfig", "train"]
+__all__ = ["SAE", "EvaluateConfig", "LatentStatistics", "SAEConfig", "TrainConfig", "train", "train_sweep"]

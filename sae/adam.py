@@ -20,20 +20,23 @@ class Adam:
     encoders and decoders: parameters by name with their view by latent, (d_sae, d) contiguous. All other parameters are
     vectors. A parameter's gradient is its `.grad`, or what sparse operations left on its `Rows`. With `unit`, decoder rows
     keep norm 1: the gradient's part along them is dropped, and they are brought back after the step. Below float32,
-    encoders have a copy in `compute_dtype`, in which their product is taken.
+    encoders have a copy in `compute_dtype`, in which their product is taken. Of a stack (see ops/latents.py), each of the
+    `members` has its gradients clipped by itself, and its learning rate is `pace` (members,) times the step's.
     """
 
     def __init__(
         self, parameters: dict[str, nn.Parameter], encoders: dict[str, Tensor], decoders: dict[str, Tensor], kernels: Kernels,
-        *, betas: tuple[float, float], max_norm: float, unit: bool, compute_dtype: str,
+        *, betas: tuple[float, float], max_norm: float, unit: bool, compute_dtype: str, members: int = 1,
+        pace: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Start with moments of zero; copies and norms are taken from the weights as they are."""
         self.kernels, self.betas, self.max_norm, self.unit, self.compute_dtype = kernels, betas, max_norm, unit, compute_dtype
-        self.parameters, self.steps = parameters, 0
+        self.parameters, self.steps, self.members = parameters, 0, members
         self.encoders, self.decoders = list(encoders), list(decoders)
         self.rows = {name: Rows(view.detach()) for name, view in {**encoders, **decoders}.items()}
-        vectors = {name: p.detach().view(1, -1) for name, p in parameters.items() if name not in self.rows}
+        vectors = {name: p.detach().view(members, -1) for name, p in parameters.items() if name not in self.rows}
         self.weights = {**{name: rows.weight for name, rows in self.rows.items()}, **vectors}
+        self.pace = torch.ones(members, device=next(iter(self.weights.values())).device) if pace is None else pace
         self.m = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self.v = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         self._buffers: dict[str, Tensor] = {}
@@ -99,12 +102,12 @@ class Adam:
                 gradient, slots, square = self._gradient(name, parameter)
             else:
                 gradient, slots = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad, None
-                gradient, square = gradient.view(1, -1), gradient.square()
+                gradient, square = gradient.view(self.members, -1), gradient.square()
             gradients[name] = gradient, slots
-            squares.append(square.sum())
-        norm = torch.stack(squares).sum().sqrt()
-        clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0).view(1)  # as torch.nn.utils.clip_grad_norm_
-        step = AdamStep(lr, *self.betas, _EPS, self.steps, clip)
+            squares.append(square.view(self.members, -1).sum(1))
+        norm = torch.stack(squares).sum(0).sqrt()
+        clip = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        step = AdamStep(lr, *self.betas, _EPS, self.steps, clip, self.pace)
         for name, weight in self.weights.items():
             rows = self.rows.get(name)
             low, norms, rounding = (None, None, None) if rows is None else (rows.low, rows.norms, None)
@@ -194,8 +197,9 @@ class Adam:
 
     def sparse_ops(self, room: float) -> SparseOps:
         """Return sparse operations whose gradients end up here."""
-        return SparseOps(self.kernels, {self.parameters[name]: rows for name, rows in self.rows.items()}, room)
+        return SparseOps(self.kernels, {self.parameters[name]: rows for name, rows in self.rows.items()}, room, self.members)
 
     def dense_ops(self) -> DenseTermOps:
         """Return dense ones."""
-        return DenseTermOps(self.kernels, {self.parameters[name]: rows for name, rows in self.rows.items()})
+        rows = {self.parameters[name]: rows for name, rows in self.rows.items()}
+        return DenseTermOps(self.kernels, rows, members=self.members)

@@ -1,6 +1,7 @@
 """How strong the sparsity penalty is: its warm-up, and the controller that finds the strength for a wanted L0."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,31 +19,33 @@ _DESCENT = 0.25  # of the steps: so long L0 may take from there; latents that a 
 
 
 class Coefficient:
-    """The penalty's strength at each step: linear warm-up from 0 and, with `target_l0`, times what a controller has found.
+    """The penalty's strength at each step, of one SAE or of each of several that are alike but for it and for the target:
+    linear warm-up from 0 and, with `target_l0`, times what a controller has found.
 
     The controller integrates in logarithms: log strength moves by log(L0 / target), as L0 will stand a
     little later if it goes on as it does, so that a penalty that is already at work is not strengthened further (in the
     manner of the L0 tuner of Chanin et al. 2025, "SynthSAEBench"). All on the device: nothing waits for it.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, state: Tensor | None = None) -> None:
+    def __init__(self, configs: Sequence[TrainConfig], device: torch.device, state: Tensor | None = None) -> None:
         """Begin, or go on from `state`."""
-        self.config = config
+        self.config = config = configs[0]
         low, high = _TIME_LIMITS
         self.time = min(max(_TIME * config.steps, low), high)
         # log of the factor found; log L0 smoothed, its slope a step, what it was when the controller began; batches so far
-        self.state = torch.zeros(5, device=device) if state is None else state.to(device)
+        self.state = torch.zeros(5, len(configs), device=device) if state is None else state.to(device)
         self.horizon = _HORIZON * self.time
-        self.wanted = math.log(config.target_l0 or 1)
+        self.wanted = torch.tensor([math.log(c.target_l0 or 1) for c in configs], device=device)
+        self.given = torch.tensor([c.coefficient for c in configs], device=device) if len(configs) > 1 else config.coefficient
 
     def at(self, step: int) -> Tensor | float:
-        """Return the strength at `step`."""
-        strength = self.config.coefficient * warmup_factor(step, self.config)
+        """Return the strength at `step`: a number, or (members,)."""
+        strength = self.given * warmup_factor(step, self.config)
         return strength if self.config.target_l0 is None else _GENTLY * strength * self.state[0].exp()
 
     @torch.no_grad()
     def update(self, fired: Tensor, rows: int) -> None:
-        """Take in how many latents fired on a batch of `rows` tokens."""
+        """Take in how many latents fired, (members,), on a batch of `rows` tokens."""
         if self.config.target_l0 is None or rows == 0:
             return
         factor, level, slope, first, seen = self.state.unbind()

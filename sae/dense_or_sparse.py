@@ -48,7 +48,7 @@ def part_rows(d_sae: int, device_type: str, density: float | None = None) -> int
 
 @dataclass(frozen=True)
 class Step:
-    """What a step found. Scalars stay on the device but `density`, the share of (batch, d_sae) that fired.
+    """What a step found, (members,) each, on the device; but `density`, the share of (batch, d_sae) that fired.
 
     `counts` (d_sae,) says on how many rows each latent fired; `error` is the batch's summed squared error.
     """
@@ -85,23 +85,24 @@ class DenseOrSparse:
         self._sparse_ops = optimizer.sparse_ops(room=self.leave)
 
     def backward(
-        self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: Tensor | float, dead: Callable[[], Dead | None], step: int
-    ) -> Step:
-        """Compute the loss of x and leave its gradients for the optimiser."""
+        self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: Tensor | float, dead: Callable[[], Dead | None], step: int,
+        k: tuple[int, ...] = (),
+    ) -> Step:  # fmt: skip
+        """Compute the loss of x and leave its gradients for the optimiser; see Moment for a stack's coefficient and k."""
         found: Step | None = None
         if x.is_cuda:  # arrays have the length there is room for: what the last step needed and half as much again
             self._sparse_ops.room = min(self.leave, 2 ** (math.ceil(4 * math.log2(1.5 * max(self.density, 1e-9))) / 4))
         if not (self.dense or self._reference):
             try:
-                found = self._backward(sae, x, Moment(config, coefficient, self._sparse_ops, dead, step))
+                found = self._backward(sae, x, Moment(config, coefficient, self._sparse_ops, dead, step, k))
                 entries = self._sparse_ops.entries()  # on CUDA this waits for the selection only; what follows it is queued
             except TooDense:
                 self._optimizer.clear()
                 found = None
         if found is None:
-            found = self._backward(sae, x, Moment(config, coefficient, self._dense_ops, dead, step))
+            found = self._backward(sae, x, Moment(config, coefficient, self._dense_ops, dead, step, k))
             entries = self._dense_ops.entries()
-        self.density = entries / max(1, len(x) * sae.cfg.d_sae)
+        self.density = entries / max(1, len(x) * sae.cfg.d_sae // sae.members)
         found = replace(found, density=self.density)
         if not self._reference:
             self._choose(found.density, step)
@@ -109,12 +110,17 @@ class DenseOrSparse:
 
     def _backward(self, sae: SAE, x: Tensor, now: Moment) -> Step:
         """Backpropagate the loss of x, a few rows at a time where the loss allows it."""
-        sparse, size = now.ops is self._sparse_ops, max(1, len(x))
+        members, batch = sae.members, len(x) // sae.members
+        sparse, size = now.ops is self._sparse_ops, max(1, batch)
         if sae.rowwise(now.config):
-            size = part_rows(now.config.d_sae, x.device.type, self.density if sparse else None)
+            size = part_rows(members * now.config.d_sae, x.device.type, self.density if sparse else None)
         # what is left joins the last part: by itself, a few rows may be too dense in a batch that is not
-        cuts = [*range(0, max(1, len(x) // size) * size, size), len(x)]
-        parts = [x[begin:end] for begin, end in pairwise(cuts)]
+        cuts = [*range(0, max(1, batch // size) * size, size), batch]
+        if members == 1:
+            parts = [x[begin:end] for begin, end in pairwise(cuts)]
+        else:
+            by_member = x.view(members, batch, -1)
+            parts = [by_member[:, begin:end].flatten(0, 1) for begin, end in pairwise(cuts)]
         sums: list[Tensor] = []
         counts, names, out = torch.zeros((), dtype=torch.int64, device=x.device), list[str](), None
         for number, part in enumerate(parts):
@@ -123,12 +129,13 @@ class DenseOrSparse:
             del out  # so that no two parts are there at once
             out = sae.training_loss(part, now)
             share = len(part) / max(1, len(x))
-            (out.loss * share if share != 1 else out.loss).backward()  # type: ignore[no-untyped-call]
+            (out.loss * share if share != 1 else out.loss).sum().backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 counts = counts + out.counts()
                 names = list(out.parts)
                 scalars = [out.loss, out.mse, out.l1, *out.parts.values()]
-                sums.append(torch.stack([*(share * s.detach().float() for s in scalars), out.error.sum()]))
+                error = out.error.view(members, -1).sum(1)
+                sums.append(torch.stack([*(share * s.detach().float().view(-1) for s in scalars), error]))
         assert out is not None
         loss, mse, l1, *others, error = torch.stack(sums).sum(0).unbind()
         return Step(loss, mse, l1, error, counts, dict(zip(names, others, strict=True)), out, sparse)

@@ -17,29 +17,35 @@ _SPIKE = 3.0  # times their median
 
 
 class Finite:
-    """Whether every loss so far was finite: kept on the device, looked at where the host waits anyway."""
+    """Whether every loss so far was finite: kept on the device, looked at where the host waits anyway.
 
-    def __init__(self, start: int, device: torch.device) -> None:
+    `names` are those of the SAEs whose losses they are, in a sweep.
+    """
+
+    def __init__(self, start: int, device: torch.device, names: Sequence[str] = ("",)) -> None:
         """Begin at step `start`."""
-        self.checked, self._fine = start, torch.ones((), dtype=torch.bool, device=device)
+        self.checked, self.names = start, names
+        self._fine = torch.ones(len(names), dtype=torch.bool, device=device)
 
     def add(self, loss: Tensor) -> None:
-        """Take in a step's loss."""
+        """Take in a step's losses, one of each SAE."""
         self._fine &= loss.isfinite()
 
     def check(self, step: int, batches: Iterable[Any], checkpoint: str | None) -> None:
         """Raise FloatingPointError if a loss before `step` was not finite, naming the row of the batch that it came from."""
-        if bool(self._fine):
+        if bool(self._fine.all()):
             self.checked = step
             return
+        whose = ", ".join(name for name, fine in zip(self.names, self._fine.tolist(), strict=True) if name and not fine)
+        loss = f"the loss of {whose}" if whose else "the loss"
         kept = f"the checkpoint {checkpoint} is from before; " if checkpoint else ""
         found = _culprit(batches, self.checked, step)
         if found is None:
             raise FloatingPointError(
-                f"the loss is not finite between step {self.checked + 1} and {step}, though the activations are; {kept}lower "
+                f"{loss} is not finite between step {self.checked + 1} and {step}, though the activations are; {kept}lower "
                 "train.lr, or leave rows out by train.max_norm_multiple"
             )
-        raise FloatingPointError(f"the loss is not finite: {found}; {kept}`monosem store verify` says whether the store is whole")
+        raise FloatingPointError(f"{loss} is not finite: {found}; {kept}`monosem store verify` says whether the store is whole")
 
 
 def _culprit(batches: Iterable[Any], begin: int, end: int) -> str | None:

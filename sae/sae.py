@@ -91,7 +91,8 @@ class Moment:
     """Where training stands, and what its loss is computed with.
 
     `coefficient` is the sparsity penalty's now. `ops` computes, plain dense autograd by default. `dead` tells which latents
-    have not fired for long; it is asked last, when the batch's own work is queued.
+    have not fired for long; it is asked last, when the batch's own work is queued. Of a stack of SAEs (see `sae.stack`),
+    `coefficient` (members,) and `k` hold every member's; what else the config says holds for all of them.
     """
 
     config: "TrainConfig"
@@ -99,14 +100,15 @@ class Moment:
     ops: Ops = field(default_factory=DenseOps)
     dead: "Callable[[], Dead | None]" = lambda: None
     step: int = 0
+    k: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class TrainingLoss:
-    """One step's loss and what it is made of: scalars on the device, but `latents`, and `error`, ||x - x_hat||^2 (batch,).
+    """One step's loss and what it is made of: (members,) on the device, but `latents`, and `error`, ||x - x_hat||^2 (batch,).
 
-    `parts` are further scalars worth logging. Where several encoders read several hooks, `latents` are the first's and `others`
-    those of the rest.
+    `members` is 1 but in a stack. `parts` are further figures worth logging. Where several encoders read several hooks,
+    `latents` are the first's and `others` those of the rest.
     """
 
     loss: Tensor
@@ -127,7 +129,7 @@ class Fired:
     """What a batch fires, and what a training loss gets for it besides the error of its reconstruction.
 
     `penalty` has its coefficient in it; `l1` is the mean over the batch of the latents' sum, for the log; `parts` as in
-    TrainingLoss.
+    TrainingLoss. All are (members,).
     """
 
     latents: Latents
@@ -136,9 +138,9 @@ class Fired:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
-def row_mean(values: Tensor) -> Tensor:
-    """Return the mean of (batch,) values, 0 where the batch is empty."""
-    return values.sum() / max(len(values), 1)
+def row_mean(values: Tensor, members: int = 1) -> Tensor:
+    """Return the mean of (batch,) values, 0 where the batch is empty: (members,), each of its own rows."""
+    return values.view(members, -1).sum(1) / max(len(values) // members, 1)
 
 
 class SAE(nn.Module):
@@ -147,8 +149,11 @@ class SAE(nn.Module):
     W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in), b_dec (d_in). Subclasses, one file each in architectures/,
     say how latents come about, how they are trained, and how scalings fold into the weights. A loaded or trained SAE
     takes raw activations: whatever scaling training used is folded in.
+
+    In training, an SAE may stand for a stack of `members` of equal shape, see `sae.stack`.
     """
 
+    members: int = 1
     architecture: ClassVar[str]
     W_enc: Tensor
     b_enc: Tensor

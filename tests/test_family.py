@@ -356,7 +356,7 @@ def test_the_controller_holds_a_simple_plant_at_its_target():
     """L0 follows coefficient^-1 with a lag of 30 steps: from 30 to 200 and to 5."""
     for target in (200.0, 5.0):
         c = config("standard", d_sae=4096, target_l0=target, steps=2000)
-        controller, level = Coefficient(c, torch.device("cpu")), math.log(30.0)
+        controller, level = Coefficient([c], torch.device("cpu")), math.log(30.0)
         for step in range(c.steps):
             strength = float(controller.at(step))
             level += (math.log(30.0 / max(strength, 1e-6)) - level) / 30

@@ -613,7 +613,7 @@ def test_gradient_equals_the_reference(batch, d, d_sae, seed, density, terms, wi
 @given(d=shapes["d"], d_sae=shapes["d_sae"], seed=shapes["seed"], with_low=st.booleans(), with_norms=st.booleans(),
        unit=st.booleans(), with_slots=st.booleans(), number=st.sampled_from([1, 2, 1000]))  # fmt: skip
 def test_adam_equals_the_reference(d, d_sae, seed, with_low, with_norms, unit, with_slots, number):
-    step = AdamStep(1e-2, 0.9, 0.999, 1e-8, number, torch.full((1,), 0.7))
+    step = AdamStep(1e-2, 0.9, 0.999, 1e-8, number, torch.full((1,), 0.7), torch.ones(1))
     slots = torch.arange(d_sae).flip(0) - d_sae // 2 if with_slots else None
     slots = None if slots is None else slots.clamp(min=-1)
     gradient = normal(d_sae, d, seed=seed + 3)
@@ -638,7 +638,8 @@ def test_adam_equals_the_reference(d, d_sae, seed, with_low, with_norms, unit, w
 def test_adam_leaves_unit_rows_of_norm_0(kernels):
     weight, gradient, m, v = (torch.zeros(2, 20) for _ in range(4))
     norms = torch.ones(2)
-    kernels.adam(AdamStep(1e-2, 0.9, 0.999, 1e-8, 1, torch.ones(1)), weight, gradient, None, m, v, None, norms, True)
+    step = AdamStep(1e-2, 0.9, 0.999, 1e-8, 1, torch.ones(1), torch.ones(1))
+    kernels.adam(step, weight, gradient, None, m, v, None, norms, True)
     assert not weight.any()
     assert not norms.any()
 
@@ -794,7 +795,7 @@ def a_pass_through_everything(kernels):
     low, norms = low.bfloat16(), bias.clone()
     square = kernels.gradient([Term(f, dots, x), Term(top, top.values, residual)], unit, bias, True, out, None, True)
     w = decoder.clone()
-    kernels.adam(AdamStep(1e-2, 0.9, 0.999, 1e-8, 3, torch.full((1,), 0.7)), w, out, None, m, v, low, norms, True)
+    kernels.adam(AdamStep(1e-2, 0.9, 0.999, 1e-8, 3, torch.full((1,), 0.7), torch.ones(1)), w, out, None, m, v, low, norms, True)
     sums = [kernels.row_sum(f, dots), kernels.latent_sum(f.by_latent, dots), kernels.sample(top, residual, decoder)]
     return [f.starts, f.latents, f.values, top.starts, top.latents, top.values, residual, squares, dots, f.by_latent.rows,
             f.by_latent.entries, square, out, w, m, v, low, norms, kernels.decode(top, decoder, x[0]), *sums]  # fmt: skip

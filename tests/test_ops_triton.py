@@ -16,9 +16,10 @@ if importlib.util.find_spec("triton") is None:
 
 from sae.ops import gpu, triton_kernels  # noqa: E402
 from sae.ops.gpu import TritonKernels  # noqa: E402
-from sae.ops.kernels import AdamStep, Term, kernels_for  # noqa: E402
-from sae.ops.latents import SparseLatents  # noqa: E402
+from sae.ops.kernels import AdamStep, Term, TooDense, kernels_for  # noqa: E402
+from sae.ops.latents import BatchTopK, SparseLatents, stacked  # noqa: E402
 from sae.ops.reference import ReferenceKernels  # noqa: E402
+from sae.ops.training import Rows, SparseOps, select  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 RUNS = CUDA or {type(f).__name__ for f in (gpu._adam, triton_kernels.tl.sum)} == {"InterpretedFunction"}
@@ -269,7 +270,8 @@ def test_gradient(ops, monkeypatch, shape, limit):
 
 
 def stepper(number, clip=0.7):
-    return AdamStep(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, step=number, clip=torch.full((1,), clip, device=DEVICE))
+    clip_of, pace = torch.full((1,), clip, device=DEVICE), torch.ones(1, device=DEVICE)
+    return AdamStep(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, step=number, clip=clip_of, pace=pace)
 
 
 @here
@@ -341,6 +343,61 @@ def test_equal_inputs_give_equal_bits(ops):
     x, weight, bias = drawn(9, 20), drawn(37, 20), drawn(37)
     first, second = (all_of_it(ops, x, weight, bias, torch.nn.functional.normalize(weight)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@here
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("z_rows", [3, 20, 1000], ids=["rows of a member", "two members", "all members"])
+def test_selection_of_a_stack(ops, monkeypatch, z_rows, dtype):
+    members, batch, d, d_sae, ks = 3, 9, 20, 37, (1, 5, 40)
+    monkeypatch.setattr(gpu, "Z_BYTES", z_rows * d_sae * dtype.itemsize)
+    x, weight, bias = drawn(members * batch, d), drawn(members * d_sae, d, seed=1).to(dtype), drawn(members * d_sae, seed=2)
+    x = x.to(dtype).float()
+    found = ops.above(x, weight, bias, bias.abs(), 10**6, None, members)
+    wanted = REFERENCE.above(x, weight.float(), bias, bias.abs(), 10**6, None, members)
+    if dtype == torch.float32:  # in bfloat16 a product that was rounded may lie on the other side
+        same_entries(found, wanted)
+    parts = zip(*(t.chunk(members) for t in (x, weight, bias)), strict=True)
+    one_by_one = [ops.above(*part, part[2].abs(), 10**6) for part in parts]
+    same_entries(found, stacked([gpu._exact(f) for f in one_by_one]))
+    found = ops.topk(x, weight, bias, ks, None, members)
+    parts = zip(*(t.chunk(members) for t in (x, weight, bias)), ks, strict=True)
+    same_entries(found, stacked([gpu._exact(ops.topk(*part)) for part in parts]))
+    assert found.members == members
+
+
+@here
+def test_batch_topk_of_a_stack_that_looks_at_no_number(ops):
+    members, batch, d, d_sae, ks = 3, 16, 8, 24, (1, 3, 5)
+    x, bias = drawn(members * batch, d).mul(2).round(), torch.zeros(members * d_sae, device=DEVICE)  # with ties
+    weight = drawn(members * d_sae, d, seed=1).sign()
+    sparse = SparseOps(ops, {}, members=members)
+    for floor in (0.0, 4.0):
+        sparse._floors[bias] = torch.full((members,), floor, device=DEVICE)
+        found = sparse._batch_topk_unseen(x, Rows(weight), weight, bias, ks)
+        wanted = torch.stack(
+            [select(own @ w.T, BatchTopK(k)) for own, w, k in zip(x.chunk(members), weight.chunk(members), ks, strict=True)]
+        )
+        assert torch.equal(found.dense(), wanted)
+        assert sparse.entries() >= batch * sum(ks)
+        assert (sparse._floors[bias] > 0).all()
+    sparse._floors[bias] = torch.full((members,), 1e9, device=DEVICE)  # too high a floor is found out
+    sparse._batch_topk_unseen(x, Rows(weight), weight, bias, ks)
+    with pytest.raises(TooDense):
+        sparse.entries()
+
+
+@here
+def test_adam_of_a_stack(ops):
+    shape, clip, pace = (12, 40), torch.tensor([0.5, 1.0, 0.1], device=DEVICE), torch.tensor([1.0, 3.0, 0.0], device=DEVICE)
+    step = AdamStep(lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, step=3, clip=clip, pace=pace)
+    state = [drawn(*shape), drawn(*shape, seed=1) / 9, drawn(*shape, seed=2).abs()]
+    wanted = [a.clone() for a in state]
+    for kernels, (w, m, v) in ((ops, state), (REFERENCE, wanted)):
+        kernels.adam(step, w, drawn(*shape, seed=3), None, m, v, None, None, False)
+    for found, other in zip(state, wanted, strict=True):
+        close(found, other, 1e-6)
+    assert torch.equal(state[0][8:], drawn(*shape)[8:])  # no pace, no step
 
 
 def at_size(dtype, batch=512, d=2304, d_sae=16384):

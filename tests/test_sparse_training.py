@@ -511,7 +511,8 @@ def test_idle_tokens_tell_who_is_dead():
     idle.update(torch.tensor([0, 0, 1, 0, 5, 0]), 64)
     dead = idle.dead()
     assert sorted(dead.latents[dead.mask].tolist()) == [1, 3, 5]
-    assert len(dead.latents) == len(set(dead.latents.tolist())) == 4  # the next power of two
+    assert dead.latents.shape == (1, 4)  # the next power of two
+    assert len(set(dead.latents[0].tolist())) == 4
     assert idle.tokens.tolist() == [64, 128, 0, 128, 0, 128]
     idle.update(torch.zeros(6), 64)
     dead = idle.dead()

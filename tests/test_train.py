@@ -11,7 +11,7 @@ from sae.adam import Adam
 from sae.architectures.standard import StandardSAE
 from sae.ops import kernels_for
 from sae.sae import Moment, SAEConfig, Site
-from sae.train import learning_rate_factor
+from sae.stack import learning_rate_factor
 
 
 def planted(n_true=40, d=32, count=40, batch=512, seed=0):

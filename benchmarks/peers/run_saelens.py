@@ -39,8 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "batchtopk": {"aux_loss_coefficient": 1.0, "topk_threshold_lr": 0.01},
     "jumprelu": {
         "l0_coefficient": 1.0, "l0_warm_up_steps": 0, "jumprelu_bandwidth": 0.05, "jumprelu_init_threshold": 0.01,
-        "jumprelu_sparsity_loss_mode": "step", "jumprelu_ste_to_input": False, "pre_act_loss_coefficient": None,
-        "target_l0": None,
+        "jumprelu_sparsity_loss_mode": "step", "jumprelu_tanh_scale": 4.0, "jumprelu_ste_to_input": False,
+        "pre_act_loss_coefficient": None, "target_l0": None,
     },
 }  # fmt: skip
 TRAINER = {"lr_warm_up_steps": 0, "lr_decay_steps": 0, "dead_feature_window": 1000}

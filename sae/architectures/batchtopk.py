@@ -36,18 +36,14 @@ class BatchTopKSAE(TopKSAE):
         """The threshold learnt in training."""
         return Above(self.threshold)
 
-    def training_rule(self, config: TrainConfig) -> BatchTopK:
+    def training_rule(self, k: tuple[int, ...]) -> BatchTopK:
         """The batch * k largest."""
-        assert self.cfg.k is not None
-        return BatchTopK(self.cfg.k)
+        return BatchTopK(k)
 
     @torch.no_grad()
     def after_step(self, config: TrainConfig, found: "Step") -> None:
         """Move the threshold towards the batch's smallest latent; a batch in which nothing fires says nothing."""
-        values = found.last.latents.values
-        if values.numel() == 0:
-            return
-        least = torch.where(values > 0, values, torch.inf).min()
+        least = found.last.latents.least().view_as(self.threshold)
         fired = least.isfinite()
         self.batches.add_(fired)
         share = torch.clamp(1 / self.batches.clamp(min=1), min=config.threshold_lr)

@@ -104,9 +104,9 @@ class CrossLayerTranscoder(SAE):
             part = now.ops.decode(fired[-1].latents, layer.W_dec, zero[written:])
             residual = residual + nn.functional.pad(part, (written, 0))
         error = residual.square().sum(-1)
-        mse, l1 = row_mean(error), torch.stack([f.l1 for f in fired]).sum()
+        mse, l1 = row_mean(error), torch.stack([f.l1 for f in fired]).sum(0)
         loss = mse + sum(f.penalty for f in fired)
-        parts = {name: torch.stack([f.parts[name] for f in fired]).sum() for name in fired[0].parts}
+        parts = {name: torch.stack([f.parts[name] for f in fired]).sum(0) for name in fired[0].parts}
         first, *others = [f.latents for f in fired]
         return TrainingLoss(loss, mse, l1, first, error.detach(), parts, tuple(others))
 

@@ -11,7 +11,7 @@ from sae.architectures.linear import LinearSAE
 from sae.config import TrainConfig
 from sae.ops import Above, SparseLatents, kernels_for
 from sae.ops.latents import of_dense
-from sae.sae import Moment, SAEConfig, TrainingLoss, row_mean
+from sae.sae import Moment, SAEConfig, TrainingLoss
 
 
 class GatedSAE(LinearSAE):
@@ -88,7 +88,7 @@ class GatedSAE(LinearSAE):
         rest = self.rest(x, target)
         out = ops.reconstruct(f, self.W_dec, self.b_dec, rest)
         by_gate = ops.reconstruct(gate, self.W_dec, self.b_dec.detach(), rest.detach(), frozen=True)
-        mse, aux, l1 = row_mean(out.error), row_mean(by_gate.error), row_mean(gate.dot(self.norms(ops).detach()))
+        mse, aux, l1 = self.mean(out.error), self.mean(by_gate.error), self.mean(gate.dot(self.norms(ops).detach()))
         extra, parts = self.revived(now, x, target, out)
         parts |= {"gate": aux.detach()}
         return TrainingLoss(mse + now.coefficient * l1 + aux + extra, mse, l1, f, out.error.detach(), parts)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sae.architectures.linear import LinearSAE
 from sae.config import TrainConfig
 from sae.ops import Above
-from sae.sae import Fired, Moment, SAEConfig, Site, row_mean
+from sae.sae import Fired, Moment, SAEConfig, Site
 
 # Adam's steps have the size of the learning rate, whatever the gradient: thresholds move so many times that far, in ratios
 _SPEED = 10.0
@@ -109,22 +109,22 @@ class JumpReLUTraining(LinearSAE):
         if config.l0_penalty == "tanh":
             norms = self.norms(ops)
             score = torch.tanh(config.tanh_scale * f.values * f.of_latent(norms))
-            penalty = row_mean(f.row_sum(score))
+            penalty = self.mean(f.row_sum(score))
             if config.pre_act_coefficient > 0:
                 fixed = norms.detach()
-                every = (threshold * fixed).sum() - ops.preactivation_sum(x, self.W_enc, self.b_enc, fixed, self.shift)
+                every = ops.preactivation_sum(x, self.W_enc, self.b_enc - threshold, fixed, self.shift)
                 above = torch.where(f.values > 0, (z - thresholds) * f.of_latent(fixed), 0)
-                pre_act = row_mean(every + f.row_sum(above))
+                pre_act = self.mean(f.row_sum(above) - every)
                 price, parts["pre_act"] = config.pre_act_coefficient * pre_act, pre_act.detach()
         else:
             fires = _Step.apply(z, thresholds, config.bandwidth)  # type: ignore[no-untyped-call]
-            penalty = row_mean(f.row_sum(fires))
+            penalty = self.mean(f.row_sum(fires))
             if config.l0_penalty == "quadratic":
                 assert config.target_l0 is not None
                 penalty = (penalty / config.target_l0 - 1).square()
         parts["sparsity"] = penalty.detach()
         with torch.no_grad():
-            l1 = row_mean(f.row_sum(f.values))
+            l1 = self.mean(f.row_sum(f.values))
         return Fired(f, price + now.coefficient * penalty, l1, parts)
 
 

@@ -131,14 +131,18 @@ class LinearSAE(SAE):
         x, target = self.sides(x)
         fired = self.fire(x, now)
         out = now.ops.reconstruct(fired.latents, self.W_dec, self.b_dec, self.rest(x, target))
-        mse = row_mean(out.error)
+        mse = self.mean(out.error)
         extra, parts = self.revived(now, x, target, out)
         loss = mse + fired.penalty + extra
         return TrainingLoss(loss, mse, fired.l1, fired.latents, out.error.detach(), fired.parts | parts)
 
     def l1(self, f: Latents, now: Moment) -> Tensor:
         """Return mean_x sum_i f_i, times ||W_dec,i|| where rows are free to have any norm: that a penalty must not pull at."""
-        return row_mean(f.row_sum(f.values) if now.config.unit_norm_decoder else f.dot(self.norms(now.ops)))
+        return self.mean(f.row_sum(f.values) if now.config.unit_norm_decoder else f.dot(self.norms(now.ops)))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return each member's mean of (batch,) values, (members,)."""
+        return row_mean(values, self.members)
 
     def norms(self, ops: Ops) -> Tensor:
         """Return the decoder's norms, (d_sae,), as penalties count them."""
@@ -158,6 +162,7 @@ class LinearSAE(SAE):
         if dead is None:
             return 0.0, {}
         if config.revives == "ghost":
+            assert self.members == 1
             ghost = ghost_loss(x, out, dead, now.ops, self.W_enc, self.bias_of_dead, self.W_dec, self.shift)
             return ghost, {"ghost": ghost.detach()}
         k = config.auxk_k or max(1, x.shape[1] // 2)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sae.architectures.batchtopk import BatchTopKSAE
 from sae.config import TrainConfig
-from sae.ops.training import Reconstruction
-from sae.sae import Moment, TrainingLoss, row_mean
+from sae.ops.training import Reconstruction, minus
+from sae.sae import Moment, TrainingLoss
 
 _HALVINGS = 4  # of d_sae, where no prefixes are given
 _PARETO = 0.5  # the power of random prefixes' lengths
@@ -36,16 +36,16 @@ class MatryoshkaSAE(BatchTopKSAE):
         fired = self.fire(x, now)
         rest = self.rest(x, target)
         edges = prefixes_of(now.config, now.step)
-        errors, residual = [], self.b_dec - rest
+        errors, residual = [], -minus(rest, self.b_dec)
         for low, high in pairwise((0, *edges)):
             part = now.ops.decode(fired.latents.between(low, high), self.W_dec, torch.zeros_like(self.b_dec))
             residual = residual + part
             errors.append(residual.square().sum(-1))
         out = Reconstruction(residual.detach(), errors[-1])
-        mse = row_mean(out.error)
+        mse = self.mean(out.error)
         extra, parts = self.revived(now, x, target, out)
-        nested = row_mean(torch.stack(errors).mean(0))
-        parts |= {"smallest_prefix_mse": row_mean(errors[0]).detach()}
+        nested = self.mean(torch.stack(errors).mean(0))
+        parts |= {"smallest_prefix_mse": self.mean(errors[0]).detach()}
         return TrainingLoss(nested + extra, mse.detach(), fired.l1, fired.latents, out.error.detach(), parts)
 
 

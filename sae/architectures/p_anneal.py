@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae.architectures.standard import StandardSAE
 from sae.config import TrainConfig
-from sae.sae import Fired, Moment, SAEConfig, row_mean
+from sae.sae import Fired, Moment, SAEConfig
 
 if TYPE_CHECKING:
     from sae.dense_or_sparse import Step
@@ -51,17 +51,17 @@ class PAnnealSAE(StandardSAE):
         config = now.config
         f = self.encode_with(now.ops, x, self.rule())
         sizes = f.values if config.unit_norm_decoder else f.values * f.of_latent(self.norms(now.ops))
-        sparsity = row_mean(f.row_sum(_power(sizes, self.p(now.step, config))))
+        sparsity = self.mean(f.row_sum(_power(sizes, self.p(now.step, config))))
         with torch.no_grad():
-            after = row_mean(f.row_sum(_power(sizes, self.p(now.step + 1, config))))
-            l1 = row_mean(f.row_sum(sizes))
+            after = self.mean(f.row_sum(_power(sizes, self.p(now.step + 1, config))))
+            l1 = self.mean(f.row_sum(sizes))
         return Fired(f, now.coefficient * self.scale * sparsity, l1, {"sparsity": sparsity.detach(), "sparsity_after": after})
 
     @torch.no_grad()
     def after_step(self, config: TrainConfig, found: "Step") -> None:
         """Make up for the change of p."""
-        after = found.parts["sparsity_after"]
-        self.scale.mul_(torch.where(after > 0, found.parts["sparsity"] / after, 1))
+        before, after = (found.parts[name].view_as(self.scale) for name in ("sparsity", "sparsity_after"))
+        self.scale.mul_(torch.where(after > 0, before / after, 1))
 
     def finished(self) -> StandardSAE:
         """Return the SAE to use: a standard one."""

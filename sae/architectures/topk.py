@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from sae.architectures.linear import LinearSAE
-from sae.config import TrainConfig
 from sae.ops import Rule, TopK
-from sae.sae import Fired, Moment, row_mean
+from sae.sae import Fired, Moment
 
 
 class TopKSAE(LinearSAE):
@@ -21,13 +20,14 @@ class TopKSAE(LinearSAE):
         assert self.cfg.k is not None
         return TopK(self.cfg.k)
 
-    def training_rule(self, config: TrainConfig) -> Rule:
-        """Say which latents fire while training."""
-        return self.rule()
+    def training_rule(self, k: tuple[int, ...]) -> Rule:
+        """Say which latents fire while training; of a stack, `k` is every member's."""
+        return TopK(k)
 
     def fire(self, x: Tensor, now: Moment) -> Fired:
         """The k largest, at no price: k sets the sparsity."""
-        f = self.encode_with(now.ops, x, self.training_rule(now.config))
+        assert self.cfg.k is not None
+        f = self.encode_with(now.ops, x, self.training_rule(now.k or (self.cfg.k,)))
         with torch.no_grad():
-            l1 = row_mean(f.row_sum(f.values))
+            l1 = self.mean(f.row_sum(f.values))
         return Fired(f, 0.0, l1)

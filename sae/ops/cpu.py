@@ -31,8 +31,8 @@ from sae.ops.cpu_loops import (
     _topk_screened,
 )
 from sae.ops.float8 import Float8
-from sae.ops.kernels import AdamStep, Screen, Term, TooDense, product
-from sae.ops.latents import ByLatent, SparseLatents
+from sae.ops.kernels import AdamStep, Screen, Term, TooDense, by_member, product
+from sae.ops.latents import ByLatent, SparseLatents, each, stacked
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +76,18 @@ class CPUKernels:
         self.latent_sum(f.by_latent, dots)
         out, one = torch.zeros(2, 2), torch.ones(1)
         self.gradient([Term(f, dots, x)], weight, None, False, out, None, True)
-        self.adam(AdamStep(0.0, 0.9, 0.999, 1e-8, 1, one), weight, out, None, out.clone(), out.clone(), None, None, False)
+        self.adam(AdamStep(0.0, 0.9, 0.999, 1e-8, 1, one, one), weight, out, None, out.clone(), out.clone(), None, None, False)
 
     def above(
-        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
-    ) -> SparseLatents:
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None,
+        members: int = 1,
+    ) -> SparseLatents:  # fmt: skip
         """See Kernels."""
+        if members > 1:
+            found = list[SparseLatents]()
+            for rows, own, b, bars, its_screen in by_member(members, x, weight, bias, threshold, screen):
+                found.append(self.above(rows, own, b, bars, room - sum(len(f.values) for f in found), its_screen))
+            return stacked(found)
         biases, bars = bias.numpy(), threshold.numpy()
         if screen is None:
             return self._selected(x, weight, room, lambda z, first, low, high: _above(z, low, high, biases, bars))
@@ -92,9 +98,15 @@ class CPUKernels:
 
         return self._selected(x, screen.low, room, select)
 
-    def topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+    def topk(
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int | tuple[int, ...], screen: Screen | None = None,
+        members: int = 1,
+    ) -> SparseLatents:  # fmt: skip
         """See Kernels."""
-        k, biases = min(k, len(weight)), bias.numpy()
+        if members > 1:
+            parts = zip(by_member(members, x, weight, bias, screen), each(k, members), strict=True)
+            return stacked([self.topk(rows, own, b, one, its_screen) for (rows, own, b, its_screen), one in parts])
+        k, biases = min(*each(k, 1), len(weight)), bias.numpy()
         if screen is None:
             lengths = x.norm(dim=1).numpy()
             return self._selected(
@@ -203,13 +215,14 @@ class CPUKernels:
         constants = np.array(
             [
                 step.lr / (1 - step.beta1**step.step), 1 / math.sqrt(1 - step.beta2**step.step), step.beta1, step.beta2,
-                1 - step.beta1, 1 - step.beta2, step.eps, float(step.clip),
+                1 - step.beta1, 1 - step.beta2, step.eps,
             ],
             dtype=np.float32,
         )  # fmt: skip
         _over(
-            len(weight), _adam, constants, weight.detach().numpy(), gradient.detach().numpy(), places.numpy(), m.numpy(),
-            v.numpy(), np.zeros((0, 0), np.int16) if low is None else low.view(torch.int16).numpy(),
+            len(weight), _adam, constants, step.clip.numpy(), step.pace.numpy(), weight.detach().numpy(),
+            gradient.detach().numpy(), places.numpy(), m.numpy(), v.numpy(),
+            np.zeros((0, 0), np.int16) if low is None else low.view(torch.int16).numpy(),
             _NO_VECTOR if norms is None else norms.numpy(), _NO_VECTOR if rounding is None else rounding.numpy(), unit,
         )  # fmt: skip
 

@@ -421,16 +421,17 @@ def _gradient(
 
 @compiled
 def _adam(
-    low: int, high: int, constants: Any, weight: Any, gradient: Any, slots: Any, m: Any, v: Any, low_copy: Any, norms: Any,
-    rounding: Any, unit: bool,
+    low: int, high: int, constants: Any, clips: Any, paces: Any, weight: Any, gradient: Any, slots: Any, m: Any, v: Any,
+    low_copy: Any, norms: Any, rounding: Any, unit: bool,
 ) -> None:  # pragma: no cover - compiled  # fmt: skip
-    lr, root, beta1, beta2, rest1, rest2, eps, clip = constants
-    d = weight.shape[1]
+    rate, root, beta1, beta2, rest1, rest2, eps = constants
+    d, each = weight.shape[1], weight.shape[0] // clips.size
     none, kept = np.zeros(d, np.float32), np.empty(d, np.float32)
     kept_bits = kept.view(np.int32)
     one = np.float32(1)
     for i in range(low, high):
         w, mi, vi = weight[i], m[i], v[i]
+        clip, lr = clips[i // each], rate * paces[i // each]
         gi = gradient[slots[i]] if slots[i] >= 0 else none
         for j in range(d):
             g = gi[j] * clip

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import product as product_of
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from sae.ops.float8 import Float8
 from sae.ops.kernels import AdamStep, Screen, Term, product
-from sae.ops.latents import ByLatent, SparseLatents
+from sae.ops.latents import ByLatent, SparseLatents, each
 from sae.ops.reference import ReferenceKernels
 from sae.ops.triton_kernels import (
     _adam,
@@ -52,45 +53,53 @@ class TritonKernels:
             raise ImportError("triton is not installed")
 
     def above(
-        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
-    ) -> SparseLatents:
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None,
+        members: int = 1,
+    ) -> SparseLatents:  # fmt: skip
         """See Kernels; never raises TooDense, starts[-1] tells."""
-        (batch, d_sae), constants = (len(x), len(weight)), {"ROWS": 4, "BLOCK": BLOCK}
-        bias, threshold, capacity = bias.contiguous(), threshold.contiguous(), min(room, batch * d_sae)
-        f = self._room(batch, capacity, d_sae, x.device)
+        batch, d_each, constants = len(x), len(weight) // members, {"ROWS": 4, "BLOCK": BLOCK}
+        bias, threshold, capacity = bias.contiguous(), threshold.contiguous(), min(room, batch * d_each)
+        f = self._room(batch, capacity, len(weight), x.device, members)
         counts = torch.empty(batch, dtype=torch.int32, device=x.device)
-        for begin, end, z in _products(x, weight):
-            programs, part = _ceil(end - begin, 4), f.starts[begin:]
-            _launch(_count_above, programs, 8, z, bias, threshold, counts[begin:], end - begin, d_sae, **constants)
+        for begin, end, first, several, z in _products(x, weight, members):
+            rows, base = (end - begin) // several, first * d_each
+            programs, shape = _ceil(rows, 4), (rows, d_each, _ceil(rows, 4))
+            arrays = (z, bias[base:], threshold[base:])
+            _launch(_count_above, several * programs, 8, *arrays, counts[begin:], *shape, **constants)
             f.starts[begin + 1 : end + 1] = counts[begin:end].cumsum(0) + f.starts[begin]
             if capacity:
-                _launch(
-                    _write_above, programs, 8, z, bias, threshold, part, f.latents, f.values, capacity, end - begin, d_sae,
-                    **constants,
-                )  # fmt: skip
+                entries = (f.starts[begin:], f.latents, f.values, capacity, base)
+                _launch(_write_above, several * programs, 8, *arrays, *entries, *shape, **constants)
         return f
 
-    def topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+    def topk(
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int | tuple[int, ...], screen: Screen | None = None,
+        members: int = 1,
+    ) -> SparseLatents:  # fmt: skip
         """See Kernels."""
-        (batch, d_sae), device = (len(x), len(weight)), x.device
+        batch, d_sae, device = len(x), len(weight) // members, x.device
+        each_k = tuple(min(one, d_sae) for one in each(k, members))
+        k, bias = max(each_k), bias.contiguous()
         if k > MAX_K:
             _warn(f"k > {MAX_K}")
-            return replace(ReferenceKernels().topk(x, weight, bias, k), kernels=self)
-        k, bias = min(k, d_sae), bias.contiguous()
+            return replace(ReferenceKernels().topk(x, weight, bias, each_k, None, members), kernels=self)
+        ks = _on_device(each_k, device)
         block = max(128, min(max(2 * BLOCK, _power(2 * k)), _power(d_sae)))
         rows, warps = max(1, 4 * BLOCK // block), 8 if block <= 2048 else 16
         constants = {"ROWS": rows, "BLOCK": block}
-        f = self._room(batch, batch * k, d_sae, device)
+        f = self._room(batch, batch // members * sum(each_k), len(weight), device, members)
         latents = torch.empty(batch, k, dtype=torch.int32, device=device)
         values = torch.empty(batch, k, device=device)
         counts = torch.empty(batch, dtype=torch.int32, device=device)
-        for begin, end, z in _products(x, weight) if k else ():
+        for begin, end, first, several, z in _products(x, weight, members) if k else ():
             keys, places = torch.empty(2, end - begin, block, dtype=torch.int32, device=device)
             candidates = torch.empty(end - begin, dtype=torch.int32, device=device)
-            programs, shape = _ceil(end - begin, rows), (k, end - begin, d_sae)
-            _launch(_candidates, programs, warps, z, bias, keys, places, candidates, *shape, **constants)
+            mine, base = (end - begin) // several, first * d_sae
+            programs = _ceil(mine, rows)
+            arrays, shape = (z, bias[base:], keys, places, candidates), (mine, d_sae, programs)
+            _launch(_candidates, several * programs, warps, *arrays, ks[first:], *shape, **constants)
             _launch(
-                _pick, programs, warps, z, bias, keys, places, candidates, latents[begin:], values[begin:], counts[begin:],
+                _pick, several * programs, warps, *arrays, latents[begin:], values[begin:], counts[begin:], ks[first:], k, base,
                 *shape, **constants,
             )  # fmt: skip
         if k:
@@ -188,14 +197,14 @@ class TritonKernels:
         _launch(
             _adam, rows * _ceil(d, block), _warps(block), weight, gradient.contiguous(),
             weight if slots is None else slots.contiguous(), m, v, weight if low is None else low,
-            weight if norms is None else norms, step.clip, *numbers,
+            weight if norms is None else norms, step.clip, step.pace, rows // len(step.clip), *numbers,
             SLOTS=slots is not None, LOW=low is not None, NORMS=norms is not None, UNIT=unit, BLOCK=block,
         )  # fmt: skip
 
-    def _room(self, batch: int, capacity: int, d_sae: int, device: torch.device) -> SparseLatents:
+    def _room(self, batch: int, capacity: int, d_sae: int, device: torch.device, members: int) -> SparseLatents:
         starts = torch.zeros(batch + 1, dtype=torch.int64, device=device)
         latents = torch.zeros(capacity, dtype=torch.int32, device=device)
-        return SparseLatents(starts, latents, torch.zeros(capacity, device=device), d_sae, self)
+        return SparseLatents(starts, latents, torch.zeros(capacity, device=device), d_sae, self, members)
 
     def _decode(
         self, f: SparseLatents, weight: Tensor, bias: Tensor, out: Tensor, x: Tensor | None, squares: Tensor, dots: Tensor
@@ -216,21 +225,44 @@ class TritonKernels:
         return ReferenceKernels()
 
 
-def _products(x: Tensor, weight: Tensor | Float8) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield x weight^T in parts of whole rows, each in the same memory, with the rows' bounds."""
+def _products(x: Tensor, weight: Tensor | Float8, members: int) -> Iterator[tuple[int, int, int, int, Tensor]]:
+    """Yield x weight^T in parts, each in the same memory: rows of one member of a stack, or as many whole members as fit.
+
+    With each part: the bounds of its rows, its first member, and how many it is of.
+    """
     x = x.detach()
     weight = weight if isinstance(weight, Float8) else weight.detach()
-    rows = min(max(1, Z_BYTES // max(1, len(weight) * weight.dtype.itemsize)), len(x))
-    z = torch.empty(0 if isinstance(weight, Float8) else rows, len(weight), dtype=weight.dtype, device=x.device)
-    for begin in range(0, len(x), max(rows, 1)):
-        end = min(begin + rows, len(x))
-        yield begin, end, product(x[begin:end], weight, z[: end - begin])
+    batch, d_each = len(x) // members, len(weight) // members
+    rows = min(max(1, Z_BYTES // max(1, d_each * weight.dtype.itemsize)), len(x))
+    z = torch.empty(0 if isinstance(weight, Float8) else rows, d_each, dtype=weight.dtype, device=x.device)
+    if members > 1 and 0 < 2 * batch <= rows:
+        assert isinstance(weight, Tensor)
+        for first in range(0, members, rows // batch):
+            several = min(rows // batch, members - first)
+            begin, end, low = first * batch, (first + several) * batch, first * d_each
+            left = x[begin:end].to(weight.dtype).view(several, batch, -1)
+            right = weight[low : low + several * d_each].view(several, d_each, -1).mT
+            part = z[: several * batch]
+            torch.bmm(left, right, out=part.view(several, batch, d_each))
+            yield begin, end, first, several, part
+        return
+    for member, begin in product_of(range(members), range(0, batch, max(min(rows, batch), 1))):
+        end = min(begin + rows, batch)
+        own = weight if isinstance(weight, Float8) or members == 1 else weight.chunk(members)[member]
+        start = member * batch
+        yield start + begin, start + end, member, 1, product(x[start + begin : start + end], own, z[: end - begin])
+
+
+@cache
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
 def _exact(f: SparseLatents) -> SparseLatents:
     """Return f in arrays of the length there is, for plain PyTorch; this waits for the device."""
     entries = min(int(f.starts[-1]), len(f.latents))
-    return SparseLatents(f.starts.clamp(max=entries), f.latents[:entries], f.values[:entries], f.d_sae, ReferenceKernels())
+    entries_of = (f.latents[:entries], f.values[:entries], f.d_sae)
+    return SparseLatents(f.starts.clamp(max=entries), *entries_of, ReferenceKernels(), f.members)
 
 
 def _launch(kernel: Any, programs: int, warps: int, *arguments: Any, **constants: Any) -> None:

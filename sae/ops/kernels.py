@@ -5,10 +5,10 @@ A matrix "by latent" is (d_sae, d) contiguous, one row a latent: W_dec as it is,
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Term:
 class DenseTerm:
     """The same where every latent may have an entry in every row: coefficients^T dense, coefficients (batch, d_sae).
 
-    With `low` the product is taken in bfloat16.
+    Of a stack, coefficients are (members, batch, d_sae), and each member's rows of `dense` stand behind one another. With
+    `low` the product is taken in bfloat16.
     """
 
     low: bool
@@ -48,10 +49,15 @@ class DenseTerm:
 
     def add_to(self, out: Tensor, fresh: bool) -> None:
         """Add it to `out` (d_sae, d), or put it there if that is `fresh`."""
-        if not self.low:
-            torch.addmm(out, self.coefficients.T, self.dense, beta=0 if fresh else 1, out=out)
-            return
-        (out.copy_ if fresh else out.add_)(self.coefficients.T.bfloat16() @ self.dense.bfloat16())
+        dense = self.dense
+        if self.coefficients.dim() == 3:
+            out, dense = (t.view(len(self.coefficients), -1, t.shape[-1]) for t in (out, dense))
+        if self.low:
+            (out.copy_ if fresh else out.add_)(self.coefficients.mT.bfloat16() @ dense.bfloat16())
+        elif out.dim() == 3:
+            out.baddbmm_(self.coefficients.mT, dense, beta=0 if fresh else 1)
+        else:
+            torch.addmm(out, self.coefficients.T, dense, beta=0 if fresh else 1, out=out)
 
 
 @dataclass(frozen=True)
@@ -73,17 +79,26 @@ class Screen:
         low = weight.bfloat16()
         return cls(low, weight.norm(dim=1), (weight - low).norm(dim=1))
 
+    def chunk(self, members: int) -> "list[Screen]":
+        """Return those of the members of a stack."""
+        return [Screen(*t) for t in zip(*(t.chunk(members) for t in (self.low, self.norms, self.rounding)), strict=True)]
+
 
 @dataclass(frozen=True)
 class AdamStep:
-    """One step's constants (Kingma & Ba 2015, algorithm 1); `clip`, on the device, multiplies every gradient first."""
+    """One step's constants (Kingma & Ba 2015, algorithm 1).
+
+    `clip`, on the device, multiplies every gradient first, and `pace` the learning rate: (members,) float32, one for each of
+    as many equal blocks of rows.
+    """
 
     lr: float
     beta1: float
     beta2: float
     eps: float
     step: int  # from 1
-    clip: Tensor  # (1,) float32
+    clip: Tensor
+    pace: Tensor
 
 
 class Kernels(Protocol):
@@ -93,15 +108,20 @@ class Kernels(Protocol):
     screens: bool  # whether a `Screen` for float32 products is of use
 
     def above(
-        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
-    ) -> SparseLatents:
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None,
+        members: int = 1,
+    ) -> SparseLatents:  # fmt: skip
         """Return the entries of z = x weight^T + bias that lie above threshold (d_sae,), with value z.
 
-        x (batch, d) float32, weight (d_sae, d) float32, bfloat16 or float8, in which the product is then taken. Raises
-        TooDense where there are more than `room` entries and that is known without waiting; else starts[-1] tells.
+        x (batch, d) float32, weight (d_sae, d) float32, bfloat16 or float8, in which the product is then taken. Of a stack,
+        each member's rows of x meet its own rows of weight. Raises TooDense where there are more than `room` entries and
+        that is known without waiting; else starts[-1] tells.
         """
 
-    def topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+    def topk(
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int | tuple[int, ...], screen: Screen | None = None,
+        members: int = 1,
+    ) -> SparseLatents:  # fmt: skip
         """Return the k largest positive entries of each row of z; see `above`."""
 
     def decode(self, f: SparseLatents, weight: Tensor, bias: Tensor) -> Tensor:
@@ -140,6 +160,11 @@ class Kernels(Protocol):
     ) -> None:  # fmt: skip
         """Take Adam's step in place, in a pass that also brings rows to norm 1 (`unit`), and writes norms, bfloat16 copy and,
         with both, what the copy's rounding comes to (see `Screen`)."""
+
+
+def by_member(members: int, *arrays: "Tensor | Float8 | Screen | None") -> Iterator[Any]:
+    """Yield each member's part of a stack's arrays: an equal share of their rows."""
+    yield from zip(*([None] * members if a is None else a.chunk(members) for a in arrays), strict=True)  # type: ignore[union-attr]
 
 
 @cache

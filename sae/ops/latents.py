@@ -2,9 +2,13 @@
 
 Losses are written once against `Latents`: `values` is a tensor that autograd follows, `of_latent` and `of_row` bring
 vectors into its shape, `dot` and `row_sum` bring it back to one number a row.
+
+SAEs of equal shape can be stacked: `members` of them are one of members * d_sae latents over members * batch rows, of which
+the rows of member m, m * batch to (m + 1) * batch, fire only latents m * d_sae to (m + 1) * d_sae. So all that works by entry,
+row or latent does a stack's work at once and need not know of it; what does is said here. Everywhere else members is 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,19 +29,30 @@ class Above:
 
 @dataclass(frozen=True)
 class TopK:
-    """Keep the k largest positive pre-activations of each row (Gao et al. 2024, section 2.3); ties: the lower latent."""
+    """Keep the k largest positive pre-activations of each row (Gao et al. 2024, section 2.3); ties: the lower latent.
 
-    k: int
+    In a stack, one k for all members or one for each.
+    """
+
+    k: int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class BatchTopK:
-    """Keep the batch * k largest positive pre-activations of the batch (Bussmann et al. 2024); ties: the earlier entry."""
+    """Keep the batch * k largest positive pre-activations of the batch (Bussmann et al. 2024); ties: the earlier entry.
 
-    k: int
+    In a stack, one k for all members or one for each.
+    """
+
+    k: int | tuple[int, ...]
 
 
 Rule = Above | TopK | BatchTopK
+
+
+def each(k: int | tuple[int, ...], members: int) -> tuple[int, ...]:
+    """Return every member's k."""
+    return (k,) * members if isinstance(k, int) else k * members if len(k) == 1 else k
 
 
 @dataclass(frozen=True)
@@ -58,9 +73,16 @@ class ByLatent:
 
 
 class Latents:
-    """The latents of a batch, (batch, d_sae) in effect."""
+    """The latents of a batch, (batch, d_sae) in effect; of a stack, (members, batch, d_sae). `d_sae` is that of all members."""
 
     values: Tensor
+    members: int
+    d_sae: int
+
+    @property
+    def d_each(self) -> int:
+        """The width of a member."""
+        return self.d_sae // self.members
 
     def with_values(self, values: Tensor) -> "Latents":
         """Return the same entries with other values."""
@@ -95,7 +117,11 @@ class Latents:
         raise NotImplementedError
 
     def between(self, low: int, high: int) -> "Latents":
-        """Return the latents low <= i < high, the others silent; gradients reach their values."""
+        """Return each member's latents low <= i < high, the others silent; gradients reach their values."""
+        raise NotImplementedError
+
+    def least(self) -> Tensor:
+        """Return the smallest value above zero of each member, (members,); infinity where nothing fires."""
         raise NotImplementedError
 
     def latent_counts(self) -> Tensor:
@@ -103,21 +129,30 @@ class Latents:
         raise NotImplementedError
 
     def dense(self) -> Tensor:
-        """Return the (batch, d_sae) matrix; what is not kept is 0."""
+        """Return the (batch, d_sae) matrix, of a stack (members, batch, d_sae); what is not kept is 0."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class DenseLatents(Latents):
-    """The plain matrix. With `low`, products with it are taken in bfloat16."""
+    """The plain matrix, of a stack (members, batch, d_sae). With `low`, products with it are taken in bfloat16."""
 
     values: Tensor
     low: bool = False
 
     @property
-    def d_sae(self) -> int:
-        """The width."""
-        return self.values.shape[-1]
+    def members(self) -> int:  # type: ignore[override]
+        """How many are stacked."""
+        return 1 if self.values.dim() == 2 else len(self.values)
+
+    @property
+    def d_sae(self) -> int:  # type: ignore[override]
+        """See Latents."""
+        return self.members * self.values.shape[-1]
+
+    def blocks(self, matrix: Tensor) -> Tensor:
+        """Return what has rows by row or by latent as one block a member, where there are several: views."""
+        return matrix if self.members == 1 else matrix.view(self.members, -1, matrix.shape[-1])
 
     def with_values(self, values: Tensor) -> "DenseLatents":
         """See Latents."""
@@ -129,40 +164,44 @@ class DenseLatents(Latents):
 
     def of_latent(self, vector: Tensor) -> Tensor:
         """See Latents."""
-        return vector
+        return vector if self.members == 1 else vector.view(self.members, 1, -1)
 
     def of_row(self, vector: Tensor) -> Tensor:
         """See Latents."""
-        return vector[:, None]
+        return vector.view(*self.values.shape[:-1], 1)
 
     def row_sum(self, values: Tensor) -> Tensor:
         """See Latents."""
-        return values.sum(-1)
+        return values.sum(-1).flatten()
 
     def dot(self, vector: Tensor) -> Tensor:
         """One matrix-vector product, where values * vector would be another (batch, d_sae)."""
-        return self.values @ vector
+        return (self.values @ self.blocks(vector[:, None])).flatten()
 
     def latent_sum(self, values: Tensor) -> Tensor:
         """See Latents."""
-        return values.sum(0)
+        return values.sum(-2).flatten()
 
     def decode(self, weight: Tensor, bias: Tensor) -> Tensor:
         """See Latents."""
-        return self.product(self.values.detach(), weight) + bias
+        return self.product(self.values.detach(), self.blocks(weight)).view(-1, weight.shape[1]) + bias
 
     def sample(self, g: Tensor, weight: Tensor) -> Tensor:
         """See Latents."""
-        return self.product(g, weight.T)
+        return self.product(self.blocks(g), self.blocks(weight).mT)
 
     def between(self, low: int, high: int) -> "DenseLatents":
         """See Latents."""
-        index = torch.arange(self.d_sae, device=self.values.device)
+        index = torch.arange(self.d_each, device=self.values.device)
         return self.with_values(self.values * ((index >= low) & (index < high)))
+
+    def least(self) -> Tensor:
+        """See Latents."""
+        return torch.where(self.values > 0, self.values, torch.inf).view(self.members, -1).amin(1)
 
     def latent_counts(self) -> Tensor:
         """See Latents."""
-        return (self.values > 0).sum(0)
+        return (self.values > 0).sum(-2).flatten()
 
     def dense(self) -> Tensor:
         """See Latents."""
@@ -183,6 +222,7 @@ class SparseLatents(Latents):
     values: Tensor
     d_sae: int
     kernels: "Kernels" = field(repr=False, compare=False)
+    members: int = 1
     known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # of the entries, found when first asked for
 
     def __len__(self) -> int:
@@ -254,7 +294,16 @@ class SparseLatents(Latents):
 
     def between(self, low: int, high: int) -> "SparseLatents":
         """See Latents."""
-        return self.keep((self.latents >= low) & (self.latents < high))
+        within = self.latents if self.members == 1 else self.latents % self.d_each
+        return self.keep((within >= low) & (within < high))
+
+    def least(self) -> Tensor:
+        """See Latents."""
+        above = torch.where(self.values > 0, self.values, torch.inf)
+        if self.members == 1:
+            return above.amin(0, keepdim=True) if len(above) else above.new_full((1,), torch.inf)
+        of = self.index // self.d_each
+        return above.new_full((self.members,), torch.inf).scatter_reduce_(0, of, above, "amin")
 
     def latent_counts(self) -> Tensor:
         """See Latents."""
@@ -263,10 +312,11 @@ class SparseLatents(Latents):
     def dense(self) -> Tensor:
         """See Latents."""
         filled = torch.arange(len(self.latents), device=self.starts.device) < self.starts[-1]
-        out = self.values.new_zeros(len(self), self.d_sae)
-        if out.numel() == 0:
-            return out
-        return out.index_put((self.rows.long(), self.index), torch.where(filled, self.values, 0), accumulate=True)
+        out = self.values.new_zeros(len(self), self.d_each)
+        if out.numel():
+            at = self.rows.long(), self.index % self.d_each
+            out = out.index_put(at, torch.where(filled, self.values, 0), accumulate=True)
+        return out if self.members == 1 else out.view(self.members, -1, self.d_each)
 
     def at(self, rows: Tensor, latents: Tensor) -> Tensor:
         """Return f[rows, latents], which broadcast against each other; 0 where a latent does not fire."""
@@ -290,8 +340,8 @@ class SparseLatents(Latents):
             latents = self.latents.new_zeros(len(mask) + 1).index_put_((target,), self.latents)[:-1]
             values = self.values.new_zeros(len(mask) + 1).index_put_((target,), self.values)[:-1]
             inside = entries < starts[-1]
-            return SparseLatents(starts, latents * inside, values * inside, self.d_sae, self.kernels)
-        return SparseLatents(starts, self.latents[mask], self.values[mask], self.d_sae, self.kernels)
+            return SparseLatents(starts, latents * inside, values * inside, self.d_sae, self.kernels, self.members)
+        return SparseLatents(starts, self.latents[mask], self.values[mask], self.d_sae, self.kernels, self.members)
 
 
 def of_dense(f: Tensor, kernels: "Kernels") -> SparseLatents:
@@ -299,6 +349,15 @@ def of_dense(f: Tensor, kernels: "Kernels") -> SparseLatents:
     row, latent = torch.nonzero(f, as_tuple=True)
     starts = torch.nn.functional.pad(torch.bincount(row, minlength=len(f)).cumsum(0), (1, 0))
     return SparseLatents(starts, latent.int(), f[row, latent].float(), f.shape[1], kernels)
+
+
+def stacked(parts: Sequence[SparseLatents]) -> SparseLatents:
+    """Return the latents of SAEs of equal width as those of a stack of them. Arrays must end with the last entry."""
+    width, ends = parts[0].d_sae, torch.tensor([0, *(len(part.values) for part in parts)]).cumsum(0).tolist()
+    starts = [part.starts[bool(number) :] + ends[number] for number, part in enumerate(parts)]
+    latents = [part.latents + number * width for number, part in enumerate(parts)]
+    values = torch.cat([part.values for part in parts])
+    return SparseLatents(torch.cat(starts), torch.cat(latents), values, width * len(parts), parts[0].kernels, len(parts))
 
 
 class _RowSum(torch.autograd.Function):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from sae.ops.float8 import Float8
-from sae.ops.kernels import AdamStep, Screen, Term, TooDense, product
-from sae.ops.latents import ByLatent, SparseLatents, of_dense
+from sae.ops.kernels import AdamStep, Screen, Term, TooDense, by_member, product
+from sae.ops.latents import ByLatent, SparseLatents, each, of_dense, stacked
 
 
 class ReferenceKernels:
@@ -17,16 +17,30 @@ class ReferenceKernels:
     screens = False
 
     def above(
-        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None
-    ) -> SparseLatents:
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, threshold: Tensor, room: int, screen: Screen | None = None,
+        members: int = 1,
+    ) -> SparseLatents:  # fmt: skip
         """See Kernels."""
+        if members > 1:
+            parts = by_member(members, x, weight, bias, threshold)
+            found = stacked([self.above(rows, own, biases, bars, room) for rows, own, biases, bars in parts])
+            if len(found.values) > room:
+                raise TooDense
+            return found
         z = product(x, weight).float() + bias
         if int((z > threshold).sum()) > room:
             raise TooDense
         return _selected(z, z > threshold, self)
 
-    def topk(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None = None) -> SparseLatents:
+    def topk(
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, k: int | tuple[int, ...], screen: Screen | None = None,
+        members: int = 1,
+    ) -> SparseLatents:  # fmt: skip
         """See Kernels; a stable sort, since torch.topk promises nothing about ties."""
+        if members > 1:
+            parts = zip(by_member(members, x, weight, bias), each(k, members), strict=True)
+            return stacked([self.topk(rows, own, biases, one) for (rows, own, biases), one in parts])
+        (k,) = each(k, 1)
         z = product(x, weight).float() + bias
         order = z.sort(dim=1, descending=True, stable=True).indices[:, :k]
         return _selected(z, torch.zeros_like(z, dtype=torch.bool).scatter_(1, order, True) & (z > 0), self)
@@ -90,11 +104,12 @@ class ReferenceKernels:
         if slots is not None:
             compact, gradient = gradient, torch.zeros_like(weight)
             gradient[slots >= 0] = compact[slots[slots >= 0]]
-        g = gradient * step.clip
+        clip, pace = (t.repeat_interleave(len(weight) // len(t))[:, None] for t in (step.clip, step.pace))
+        g = gradient * clip
         m.lerp_(g, 1 - step.beta1)
         v.mul_(step.beta2).addcmul_(g, g, value=1 - step.beta2)
         root = (v / (1 - step.beta2**step.step)).sqrt_().add_(step.eps)
-        weight.addcdiv_(m, root, value=-step.lr / (1 - step.beta1**step.step))
+        weight.addcdiv_(m * pace, root, value=-step.lr / (1 - step.beta1**step.step))
         if unit:
             norm = weight.norm(dim=1, keepdim=True)
             weight.div_(torch.where(norm > 0, norm, 1))

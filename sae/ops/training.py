@@ -2,6 +2,8 @@
 
 Those for training compute no weight gradient during backward. They leave terms on `Rows`, and the optimiser evaluates them in
 its own pass over the weights: so several losses on one matrix cost no additional pass, and latents that did not fire no memory.
+
+They also work for stacks of SAEs (see latents.py): then rows and latents are those of all members, and b_dec is (members, d_in).
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +14,8 @@ import torch
 from torch import Tensor
 
 from sae.ops.float8 import Float8
-from sae.ops.kernels import DenseTerm, Kernels, Screen, Term, TooDense, product
-from sae.ops.latents import Above, BatchTopK, DenseLatents, Latents, Rule, SparseLatents, TopK
+from sae.ops.kernels import DenseTerm, Kernels, Screen, Term, TooDense, by_member, product
+from sae.ops.latents import Above, BatchTopK, DenseLatents, Latents, Rule, SparseLatents, TopK, each, stacked
 
 AnyLatents = DenseLatents | SparseLatents
 
@@ -150,13 +152,20 @@ def thresholds(rule: Above, d_sae: int, device: torch.device) -> Tensor:
 
 
 def select(z: Tensor, rule: Rule) -> Tensor:
-    """Return z (batch, d_sae) where the rule keeps it, else 0: the dense form of every rule. z itself may be overwritten."""
+    """Return z (batch, d_sae), of a stack (members, batch, d_sae), where the rule keeps it, else 0: the dense form of every
+    rule. z itself may be overwritten."""
     if isinstance(rule, Above):
         if isinstance(rule.threshold, float) and rule.threshold == 0:
             return torch.relu_(z)
-        return torch.where(z > rule.threshold, z, 0)
+        threshold = rule.threshold
+        if z.dim() == 3 and isinstance(threshold, Tensor):
+            threshold = threshold.view(len(z), 1, -1)
+        return torch.where(z > threshold, z, 0)
+    if z.dim() == 3:
+        return torch.stack([select(own, type(rule)(k)) for own, k in zip(z, each(rule.k, len(z)), strict=True)])
+    (k,) = each(rule.k, 1)
     flat = z.flatten() if isinstance(rule, BatchTopK) else z
-    count = min(rule.k * (len(z) if isinstance(rule, BatchTopK) else 1), flat.shape[-1])
+    count = min(k * (len(z) if isinstance(rule, BatchTopK) else 1), flat.shape[-1])
     # a stable sort, for torch.topk promises nothing about ties
     kept = flat.detach().sort(dim=-1, descending=True, stable=True).indices[..., :count]
     mask = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, kept, True).view_as(z)
@@ -191,12 +200,30 @@ class Rows:
         self.terms, self.along, self.subsets = [], None, []
 
 
-class SparseOps:
-    """The same operations over the entries that fire. `room` is the share of (batch, d_sae) that they may take."""
+def minus(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x (batch, d) less the bias (d,), of a stack less each member's, (members, d)."""
+    if bias is None:
+        return x
+    return x - bias if bias.dim() == 1 else (x.view(len(bias), -1, x.shape[1]) - bias[:, None]).view_as(x)
 
-    def __init__(self, kernels: Kernels, rows: Mapping[Tensor, Rows], room: float = 1.0) -> None:
+
+def column_sums(x: Tensor, like: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the sum over the rows of x (rows, d), `weights` (rows,) times each, in the shape of a bias: one a member."""
+    if like.dim() == 1:
+        return x.sum(0) if weights is None else weights @ x
+    x = x.view(len(like), -1, x.shape[1])
+    return x.sum(1) if weights is None else (weights.view(len(like), 1, -1) @ x).squeeze(1)
+
+
+class SparseOps:
+    """The same operations over the entries that fire, of one SAE or a stack of `members`.
+
+    `room` is the share of (batch, d_sae) that they may take.
+    """
+
+    def __init__(self, kernels: Kernels, rows: Mapping[Tensor, Rows], room: float = 1.0, members: int = 1) -> None:
         """Work on the parameters that `rows` knows."""
-        self.kernels, self.room = kernels, room
+        self.kernels, self.room, self.members = kernels, room, members
         self._rows = rows
         self._counts: list[tuple[HostCount, int, int]] = []  # with the least and the most that it may be
         self._floors: dict[Tensor, Tensor] = {}  # where the last cut of BatchTopK lay: what only speeds up the next
@@ -205,7 +232,7 @@ class SparseOps:
         """See Ops."""
         rows = self._rows[W_enc]
         with torch.no_grad():
-            centred = x if b_dec is None else x - b_dec
+            centred = minus(x, b_dec)
             try:
                 f = self._select(centred, rows, b_enc, rule)
             except TooDense:
@@ -228,52 +255,85 @@ class SparseOps:
         return f.with_values(torch.where(f.values != 0, exact, 0))  # what stands behind the last entry stays 0
 
     def _select(self, x: Tensor, rows: Rows, bias: Tensor, rule: Rule) -> SparseLatents:
-        room, screen = int(self.room * len(x) * len(bias)), rows.screen
+        members, d_each, bare = self.members, len(bias) // self.members, bias.detach()
+        room, screen = int(self.room * len(x) * d_each), rows.screen
         weight = rows.weight if rows.low is None else rows.low
         if isinstance(rule, Above):
-            f = self.kernels.above(x, weight, bias.detach(), thresholds(rule, len(bias), x.device), room, screen)
+            f = self.kernels.above(x, weight, bare, thresholds(rule, len(bias), x.device), room, screen, members)
             self._counts.append((HostCount(f.starts[-1]), 0, room))
             return self._in_float32(f, x, rows, bias)
+        ks = tuple(min(k, d_each) for k in each(rule.k, members))
         if isinstance(rule, TopK):
-            f = self.kernels.topk(x, weight, bias.detach(), min(rule.k, len(bias)), screen)
-            self._counts.append((HostCount(f.starts[-1]), 0, len(x) * rule.k))
+            f = self.kernels.topk(x, weight, bare, ks, screen, members)
+            self._counts.append((HostCount(f.starts[-1]), 0, len(x) // members * sum(ks)))
             return self._in_float32(f, x, rows, bias)
-        return self._batch_topk(x, rows, weight, bias, rule.k, screen)
+        parts: list[Any] = [(x, weight, bare, screen)] if members == 1 else list(by_member(members, x, weight, bare, screen))
+        if bias not in self._floors:
+            self._floors[bias] = torch.stack([self._floor(*part, k) for part, k in zip(parts, ks, strict=True)])
+        if x.is_cuda:
+            return self._batch_topk_unseen(x, rows, weight, bias, ks)
+        floors, found = self._floors[bias], []
+        for number, (part, k) in enumerate(zip(parts, ks, strict=True)):
+            own, floors[number] = self._batch_topk(*part, rows, k, float(floors[number]))
+            found.append(own)
+        f = found[0] if members == 1 else stacked(found)
+        self._counts.append((HostCount(f.starts[-1]), 0, len(x) // members * sum(ks)))
+        return f
+
+    def _floor(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, screen: Screen | None, k: int) -> Tensor:
+        """Return a value that the cut of BatchTopK lies above, by what some rows fire."""
+        some = self.kernels.topk(x[:_SAMPLE], weight, bias, min(2 * k, len(bias)), screen).values
+        rank = min(int(1.5 * k * min(len(x), _SAMPLE)), len(some) - 1)
+        return some.sort(descending=True).values[rank] if len(some) else bias.new_zeros(())
 
     def _batch_topk(
-        self, x: Tensor, rows: Rows, weight: Tensor | Float8, bias: Tensor, k: int, screen: Screen | None
-    ) -> SparseLatents:
-        """Take the entries above a floor that the cut surely lies above, then the largest of them; exact, whatever the floor."""
-        wanted = min(k, len(bias)) * len(x)
-        room = min(len(x) * len(bias), 4 * wanted) if x.is_cuda else len(x) * len(bias)
-        floor = self._floors.get(bias)
-        if floor is None:
-            some = self.kernels.topk(x[:_SAMPLE], weight, bias.detach(), min(2 * k, len(bias)), screen).values
-            rank = min(int(1.5 * k * min(len(x), _SAMPLE)), len(some) - 1)
-            floor = some.sort(descending=True).values[rank] if len(some) else bias.new_zeros(())
-        candidates = self.kernels.above(x, weight, bias.detach(), floor.expand(len(bias)).contiguous(), room, screen)
-        if not x.is_cuda and len(candidates.values) < wanted and float(floor) > 0:  # too high a floor: take all there are
-            candidates = self.kernels.above(x, weight, bias.detach(), torch.zeros(len(bias)), x.shape[0] * len(bias), screen)
-        if x.is_cuda:  # whether the floor served is known later
-            self._counts.append((HostCount(candidates.starts[-1]), wanted, room))
+        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, screen: Screen | None, rows: Rows, k: int, floor: float
+    ) -> tuple[SparseLatents, float]:
+        """Take the entries above a floor that the cut surely lies above, then the largest of them; exact, whatever the floor.
+
+        Return with them the floor for the next batch.
+        """
+        wanted, most = k * len(x), len(x) * len(bias)
+        candidates = self.kernels.above(x, weight, bias, torch.full((len(bias),), floor), most, screen)
+        if len(candidates.values) < wanted and floor > 0:  # too high a floor: take all there are
+            candidates = self.kernels.above(x, weight, bias, torch.zeros(len(bias)), most, screen)
         candidates = self._in_float32(candidates, x, rows, bias)  # the cut is between float32 values
         values = candidates.values
         if len(values) <= wanted:
-            if not x.is_cuda:
-                self._counts.append((HostCount(candidates.starts[-1]), 0, wanted))
-            return candidates
-        if x.is_cuda:  # the next floor aims at twice as many as are wanted, where there is room for four times
-            ordered = values.sort(descending=True).values
-            cut, after = ordered[wanted - 1], ordered[min(2 * wanted, len(ordered) - 1)]
-            self._floors[bias] = torch.where(after > 0, after, 0.93 * cut)
-        else:
-            cut = values.kthvalue(len(values) - wanted + 1).values
-            self._floors[bias] = _SLACK * cut
+            return candidates, floor
+        cut = values.kthvalue(len(values) - wanted + 1).values
         above, ties = values > cut, values == cut
-        kept = candidates.keep(above | (ties & (ties.cumsum(0) <= wanted - above.sum())))
-        if not x.is_cuda:
-            self._counts.append((HostCount(kept.starts[-1]), 0, wanted))
-        return kept
+        return candidates.keep(above | (ties & (ties.cumsum(0) <= wanted - above.sum()))), float(_SLACK * cut)
+
+    def _batch_topk_unseen(
+        self, x: Tensor, rows: Rows, weight: Tensor | Float8, bias: Tensor, ks: tuple[int, ...]
+    ) -> SparseLatents:
+        """The same on a GPU, all members at once and without a look at a number: whether the floors served is known later."""
+        members, batch, d_each = self.members, len(x) // self.members, len(bias) // self.members
+        wanted = [k * batch for k in ks]
+        room, floors = min(len(x) * d_each, 4 * sum(wanted)), self._floors[bias]
+        f = self.kernels.above(x, weight, bias.detach(), floors.repeat_interleave(d_each), room, rows.screen, members)
+        ends = f.starts[:: max(batch, 1)][: members + 1]  # where each member's entries begin, and the last's end
+        short = (ends.diff() < torch.tensor(wanted, device=x.device)).any()
+        self._counts.append((HostCount(torch.where(short, -1, f.starts[-1])), 0, room))
+        f = self._in_float32(f, x, rows, bias)  # the cut is between float32 values
+        values = f.values
+        if len(values) <= sum(wanted):
+            return f
+        of = torch.where(torch.arange(len(values), device=x.device) < ends[-1], f.index // d_each, members)
+        ordered, order = values.sort(descending=True)
+        ordered = ordered[of[order].sort(stable=True).indices] if members > 1 else ordered
+        last, many = len(ordered) - 1, torch.tensor(wanted, device=x.device)
+        cuts = ordered[(ends[:-1] + many - 1).clamp(0, last)]
+        # the next floor aims at twice as many as are wanted, where there is room for four times
+        after = ordered[torch.minimum(ends[:-1] + 2 * many, ends[1:] - 1).clamp(0, last)]
+        self._floors[bias] = torch.where(after > 0, after, 0.93 * cuts)
+        of = of.clamp(max=members - 1)
+        above, ties = values > cuts[of], values == cuts[of]
+        before, passed = (torch.nn.functional.pad(t.cumsum(0), (1, 0)) for t in (ties, above))
+        ends = ends.clamp(max=len(values))
+        spare = many - passed[ends].diff()  # of those that equal the cut, so many
+        return f.keep(above | (ties & (before[1:] - before[ends[:-1]][of] <= spare[of])))
 
     def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor, frozen: bool = False) -> Reconstruction:
         """See Ops."""
@@ -299,9 +359,10 @@ class SparseOps:
 
     def preactivation_sum(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, weights: Tensor, b_dec: Tensor | None = None) -> Tensor:
         """See Ops."""
-        rows, centred = self._rows[W_enc], x if b_dec is None else x - b_dec
-        along: Tensor = _Along.apply(W_enc, weights.detach(), rows)  # type: ignore[no-untyped-call]
-        return centred @ along + b_enc @ weights.detach()
+        rows, centred, weights = self._rows[W_enc], minus(x, b_dec), weights.detach()
+        along: Tensor = _Along.apply(W_enc, weights, rows, self.members)  # type: ignore[no-untyped-call]
+        biases = (b_enc * weights).view(self.members, 1, -1).sum(-1)
+        return (centred.view(self.members, -1, x.shape[1]) @ along[..., None]).squeeze(-1).add(biases).flatten()
 
     def encoder_rows(self, W_enc: Tensor, which: Tensor) -> Tensor:
         """See Ops."""
@@ -332,10 +393,15 @@ class DenseTermOps(SparseOps):
         """See Ops."""
         rows = self._rows[W_enc]
         with torch.no_grad():
-            centred, bias = x if b_dec is None else x - b_dec, b_enc.detach()
+            centred, bias = minus(x, b_dec), b_enc.detach()
             # where all the values count float8 is too coarse
             low = rows.weight.bfloat16() if isinstance(rows.low, Float8) else rows.low
-            z = torch.addmm(bias, centred, rows.weight.T) if low is None else product(centred, low) + bias
+            if self.members > 1:
+                weight = rows.weight if low is None else low
+                left, right = (t.view(self.members, -1, x.shape[1]) for t in (centred.to(weight.dtype), weight))
+                z = torch.baddbmm(bias.view(self.members, 1, -1).to(weight.dtype), left, right.mT).float()
+            else:
+                z = torch.addmm(bias, centred, rows.weight.T) if low is None else product(centred, low) + bias
             f = DenseLatents(select(z, rule), low=rows.low is not None)
             self._counts.append((HostCount(torch.count_nonzero(f.values)), 0, f.values.numel()))
         return f.with_values(_Encode.apply(W_enc, b_enc, b_dec, x, f, centred, rows))  # type: ignore[no-untyped-call]
@@ -343,8 +409,7 @@ class DenseTermOps(SparseOps):
     def reconstruct(self, f: Latents, W_dec: Tensor, b_dec: Tensor, x: Tensor, frozen: bool = False) -> Reconstruction:
         """See Ops."""
         rows = self._rows[W_dec]
-        decoded = _Decode.apply(f.values, W_dec, b_dec, f, replace(rows, terms=[]) if frozen else rows)  # type: ignore[no-untyped-call]
-        residual = decoded - x
+        residual = _Decode.apply(f.values, W_dec, b_dec, f, replace(rows, terms=[]) if frozen else rows) - x  # type: ignore[no-untyped-call]
         return Reconstruction(residual.detach(), residual.square().sum(-1))
 
 
@@ -356,7 +421,7 @@ class _Encode(torch.autograd.Function):
     def forward(
         ctx: Any, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None, x: Tensor, f: AnyLatents, centred: Tensor, rows: Rows
     ) -> Tensor:
-        ctx.f, ctx.centred, ctx.rows = f, centred, rows
+        ctx.f, ctx.centred, ctx.rows, ctx.b_dec = f, centred, rows, b_dec
         return f.values.detach()
 
     @staticmethod
@@ -366,7 +431,7 @@ class _Encode(torch.autograd.Function):
         rows.add_term(f, gradient, ctx.centred)
         of_bias = f.latent_sum(gradient)
         # every row has the same b_dec: its gradient is W_enc times the column sums, not a (batch, d_in) matrix
-        of_centre = -(of_bias @ rows.weight) if ctx.needs_input_grad[2] else None
+        of_centre = -column_sums(rows.weight, ctx.b_dec, of_bias) if ctx.needs_input_grad[2] else None
         of_x = f.with_values(gradient).decode(rows.weight, torch.zeros_like(rows.weight[0])) if ctx.needs_input_grad[3] else None
         return None, of_bias, of_centre, of_x, None, None, None
 
@@ -376,8 +441,9 @@ class _Reconstruct(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, f: SparseLatents, rows: Rows
     ) -> tuple[Tensor, Tensor]:
-        residual, error, ctx.dots = f.kernels.reconstruct(f, rows.weight, b_dec, x)
-        ctx.f, ctx.rows, ctx.residual = f, rows, residual
+        bias, target = (b_dec, x) if b_dec.dim() == 1 else (torch.zeros_like(b_dec[0]), minus(x, b_dec))
+        residual, error, ctx.dots = f.kernels.reconstruct(f, rows.weight, bias, target)
+        ctx.f, ctx.rows, ctx.residual, ctx.b_dec = f, rows, residual, b_dec
         ctx.mark_non_differentiable(residual)
         return residual, error
 
@@ -387,21 +453,23 @@ class _Reconstruct(torch.autograd.Function):
         weights = f.of_row(2 * gradient)
         ctx.rows.add_term(f, weights * f.values.detach(), ctx.residual)
         of_x = -2 * gradient[:, None] * ctx.residual if ctx.needs_input_grad[3] else None
-        return weights * ctx.dots, None, 2 * gradient @ ctx.residual, of_x, None, None
+        return weights * ctx.dots, None, column_sums(ctx.residual, ctx.b_dec, 2 * gradient), of_x, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, b_dec: Tensor, f: AnyLatents, rows: Rows) -> Tensor:
-        ctx.f, ctx.rows = f, rows
-        return f.decode(rows.weight, b_dec.detach())
+        ctx.f, ctx.rows, ctx.b_dec = f, rows, b_dec
+        if b_dec.dim() == 1:
+            return f.decode(rows.weight, b_dec.detach())
+        return minus(f.decode(rows.weight, torch.zeros_like(b_dec[0])), -b_dec.detach())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         f, rows = ctx.f, ctx.rows
         gradient = gradient.contiguous()
         rows.add_term(f, f.values.detach(), gradient)
-        return f.sample(gradient, rows.weight), None, gradient.sum(0), None, None
+        return f.sample(gradient, rows.weight), None, column_sums(gradient, ctx.b_dec), None, None
 
 
 class _Norms(torch.autograd.Function):
@@ -432,14 +500,15 @@ class _Subset(torch.autograd.Function):
 
 
 class _Along(torch.autograd.Function):
-    """W_enc weights, (d_in,): every latent's row gets the same gradient, times its weight."""
+    """W_enc weights of each member, (members, d_in): every latent's row gets the same gradient, times its weight."""
 
     @staticmethod
-    def forward(ctx: Any, W_enc: Tensor, weights: Tensor, rows: Rows) -> Tensor:
-        ctx.weights, ctx.rows = weights, rows
-        return weights @ rows.weight
+    def forward(ctx: Any, W_enc: Tensor, weights: Tensor, rows: Rows, members: int) -> Tensor:
+        ctx.weights, ctx.rows = weights.view(members, 1, -1), rows
+        along: Tensor = (ctx.weights @ rows.weight.view(members, -1, rows.weight.shape[1])).squeeze(1)
+        return along
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
-        ctx.rows.terms.append(DenseTerm(False, ctx.weights[None], gradient[None]))
-        return None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None, None]:
+        ctx.rows.terms.append(DenseTerm(False, ctx.weights, gradient))
+        return None, None, None, None

@@ -36,24 +36,38 @@ def _keys(z, bias, rows, columns, batch, d_sae):
 
 
 @jit
-def _count_above(z, bias, threshold, counts, batch, d_sae, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    # Several rows a program: bias and threshold, 8 bytes a latent beside z's 2, are loaded once for all of them.
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _here(z, bias, batch, d_sae, programs, ROWS: tl.constexpr):
+    """Which member of a stack a program works for, which rows of its z, and where those and its bias begin.
+
+    Each member has `programs` of them. Several rows a program: bias and threshold, 8 bytes a latent beside z's 2, are loaded
+    once for all of them.
+    """
+    member = (tl.program_id(0) // programs).to(tl.int64)
+    rows = (tl.program_id(0) % programs) * ROWS + tl.arange(0, ROWS)
+    return member, rows, z + member * batch * d_sae, bias + member * d_sae
+
+
+@jit
+def _count_above(z, bias, threshold, counts, batch, d_sae, programs, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    member, rows, z, bias = _here(z, bias, batch, d_sae, programs, ROWS)
+    threshold += member * d_sae
     found = tl.zeros([ROWS, BLOCK], tl.int32)
     for first in range(0, d_sae, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         value = _preactivations(z, bias, rows, columns, batch, d_sae)
         bound = tl.load(threshold + columns, mask=columns < d_sae, other=float("inf"))
         found += (value > bound[None, :]).to(tl.int32)
-    tl.store(counts + rows, tl.sum(found, 1), mask=rows < batch)
+    tl.store(counts + member * batch + rows, tl.sum(found, 1), mask=rows < batch)
 
 
 @jit
 def _write_above(
-    z, bias, threshold, starts, latents, values, capacity, batch, d_sae, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    z, bias, threshold, starts, latents, values, capacity, base, batch, d_sae, programs, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = tl.load(starts + rows, mask=rows < batch, other=0)
+    member, rows, z, bias = _here(z, bias, batch, d_sae, programs, ROWS)
+    threshold += member * d_sae
+    base += (member * d_sae).to(tl.int32)  # the number of the member's first latent
+    place = tl.load(starts + member * batch + rows, mask=rows < batch, other=0)
     for first in range(0, d_sae, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         value = _preactivations(z, bias, rows, columns, batch, d_sae)
@@ -61,7 +75,7 @@ def _write_above(
         chosen = (value > bound[None, :]).to(tl.int32)
         at = place[:, None] + tl.cumsum(chosen, 1) - 1
         put = (chosen > 0) & (at < capacity)
-        tl.store(latents + at, tl.broadcast_to(columns[None, :], [ROWS, BLOCK]), mask=put)
+        tl.store(latents + at, tl.broadcast_to((base + columns)[None, :], [ROWS, BLOCK]), mask=put)
         tl.store(values + at, value, mask=put)
         place += tl.sum(chosen, 1)
 
@@ -79,20 +93,23 @@ def _kth(keys, k, ROWS: tl.constexpr):
 
 
 @jit
-def _candidates(z, bias, keys_out, latents_out, counts, k, batch, d_sae, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _candidates(
+    z, bias, keys_out, latents_out, counts, ks, batch, d_sae, programs, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Write what may be among each row's k largest: BLOCK places a row, latents ascending, and how many there are.
 
     The k-th largest of BLOCK >= 2k strided groups' maxima is a bound that at least k keys reach, and hardly more than
     1.4k do. So two walks along z are enough, the second largely out of L2, for 31 of a search on z itself, or 4 of
     histograms, where finding an element's bin costs many times a comparison.
     """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    member, rows, z, bias = _here(z, bias, batch, d_sae, programs, ROWS)
+    k = tl.load(ks + member)
     largest = tl.zeros([ROWS, BLOCK], tl.int32)
     for first in range(0, d_sae, BLOCK):
         largest = tl.maximum(largest, _keys(z, bias, rows, first + tl.arange(0, BLOCK), batch, d_sae))
     bound = tl.maximum(_kth(largest, k, ROWS), 1)
     found = tl.zeros([ROWS], tl.int32)
-    row_start = rows.to(tl.int64) * BLOCK
+    row_start = (member * batch + rows) * BLOCK
     for first in range(0, d_sae, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         keys = _keys(z, bias, rows, columns, batch, d_sae)
@@ -102,7 +119,7 @@ def _candidates(z, bias, keys_out, latents_out, counts, k, batch, d_sae, ROWS: t
         tl.store(keys_out + row_start[:, None] + place, keys, mask=put)
         tl.store(latents_out + row_start[:, None] + place, tl.broadcast_to(columns[None, :], [ROWS, BLOCK]), mask=put)
         found += tl.sum(chosen, 1)
-    tl.store(counts + rows, found, mask=rows < batch)
+    tl.store(counts + member * batch + rows, found, mask=rows < batch)
 
 
 @jit
@@ -119,19 +136,22 @@ def _pick_in(keys, latents, bound, ties, found, tied, latents_out, values_out, r
 
 @jit
 def _pick(
-    z, bias, keys_in, latents_in, candidates, latents_out, values_out, counts, k, batch, d_sae,
+    z, bias, keys_in, latents_in, candidates, latents_out, values_out, counts, ks, places, base, batch, d_sae, programs,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write each row's k largest to k places of its own, and how many there are."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Write each row's k largest to `places` of its own, and how many there are."""
+    member, rows, z, bias = _here(z, bias, batch, d_sae, programs, ROWS)
+    base += (member * d_sae).to(tl.int32)  # the number of the member's first latent
+    k = tl.load(ks + member)
+    counts += member * batch
     lanes = tl.arange(0, BLOCK)
-    count = tl.load(candidates + rows, mask=rows < batch, other=0)
-    row_start = rows.to(tl.int64) * k
+    count = tl.load(candidates + member * batch + rows, mask=rows < batch, other=0)
+    row_start = (member * batch + rows) * places
     none = tl.zeros([ROWS], tl.int32)
     if tl.max(count, 0) <= BLOCK:
-        at = rows.to(tl.int64)[:, None] * BLOCK + lanes[None, :]
+        at = (member * batch + rows)[:, None] * BLOCK + lanes[None, :]
         keys = tl.load(keys_in + at, mask=lanes[None, :] < count[:, None], other=0)
-        latents = tl.load(latents_in + at, mask=lanes[None, :] < count[:, None], other=0)
+        latents = base + tl.load(latents_in + at, mask=lanes[None, :] < count[:, None], other=0)
         bound = _kth(keys, k, ROWS)
         ties = k - tl.sum((keys > bound[:, None]).to(tl.int32), 1)
         found, tied = _pick_in(keys, latents, bound, ties, none, none, latents_out, values_out, row_start, ROWS)
@@ -155,7 +175,7 @@ def _pick(
         tied = tl.zeros([ROWS], tl.int32)
         for first in range(0, d_sae, BLOCK):
             keys = _keys(z, bias, rows, first + lanes, batch, d_sae)
-            latents = tl.broadcast_to((first + lanes)[None, :], [ROWS, BLOCK])
+            latents = tl.broadcast_to((base + first + lanes)[None, :], [ROWS, BLOCK])
             found, tied = _pick_in(keys, latents, bound, k - above, found, tied, latents_out, values_out, row_start, ROWS)
         tl.store(counts + rows, found, mask=rows < batch)
 
@@ -268,8 +288,8 @@ def _gradient(
 
 @jit
 def _adam(
-    weight, gradient, slots, m, v, low, norms, clip, rate, first_share, beta2, second_share, second_scale, eps, d, blocks,
-    SLOTS: tl.constexpr, LOW: tl.constexpr, NORMS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    weight, gradient, slots, m, v, low, norms, clip, pace, each, rate, first_share, beta2, second_share, second_scale, eps, d,
+    blocks, SLOTS: tl.constexpr, LOW: tl.constexpr, NORMS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
@@ -278,12 +298,13 @@ def _adam(
     if SLOTS:
         slot = tl.load(slots + row).to(tl.int64)
     at = row * d + columns
-    g = tl.load(gradient + slot * d + columns, mask=columns < tl.where(slot >= 0, d, 0), other=0.0) * tl.load(clip)
+    g = tl.load(gradient + slot * d + columns, mask=columns < tl.where(slot >= 0, d, 0), other=0.0)
+    g *= tl.load(clip + row // each)
     first = tl.load(m + at, mask=columns < d, other=0.0)
     first += (g - first) * first_share
     second = tl.load(v + at, mask=columns < d, other=0.0) * beta2 + g * g * second_share
     w = tl.load(weight + at, mask=columns < d, other=0.0)
-    w -= rate * first / (tl.sqrt(second * second_scale) + eps)
+    w -= rate * tl.load(pace + row // each) * first / (tl.sqrt(second * second_scale) + eps)
     if UNIT:
         norm = tl.sqrt(tl.sum(w * w, 0))
         w = w / tl.where(norm > 0, norm, 1.0)
