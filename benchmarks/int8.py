@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     run = Run(load_config(args.config, args.overrides))
-    store, config = run.store(), run.config.train
+    store, config = run.store(), run.config.shared
     result: dict[str, Any] = {"what": "the demo's SAE trained on bfloat16 and on int8 rows, evaluated on bfloat16 rows"}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         copy = copy_as_int8(store, Path(folder) / "int8")

@@ -10,12 +10,14 @@ from activation_store.config import Section
 class ExplainConfig(Section):
     """Which units to explain, from how many examples, and who proposes and simulates.
 
-    `latents` and `neurons` are a number (drawn at random, by seed, from those that fire in both splits) or a list.
+    Of a sweep, `sae` names the SAE (default: the first). `latents` and `neurons` are a number (drawn at random, by seed, from
+    those that fire in both splits) or a list.
     Neurons are those of `neuron_hook` (default: the SAE's hook), read through an identity dictionary. Examples are windows
     of `window` tokens: proposals see training windows only, scores come from held-out ones only.
     """
 
     backend: Literal["lookup", "openai"] = "lookup"
+    sae: str | None = None
     latents: NonNegativeInt | tuple[NonNegativeInt, ...] = 50
     neurons: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
     neuron_hook: str | None = None

@@ -41,7 +41,7 @@ class ReportInputs:
     metrics, evaluation, summary, scores and units are the run's files as read back. Keyed by unit name ("sae/12"):
     predictions, one list of predicted activations a test example; histograms, (n + 1 log-spaced edges of activation, n
     counts); output_tokens, "promoted" and "suppressed" (token, logit) pairs. steering: {unit, prompt, edit, baseline,
-    steered}. plots: name -> PNG.
+    steered}. plots: name -> PNG. sweep: what `sae.sweep.summary` gave, if the SAE is one of several.
     """
 
     title: str
@@ -56,6 +56,7 @@ class ReportInputs:
     output_tokens: dict[str, dict[str, list[tuple[str, float]]]]
     steering: list[dict[str, Any]]
     plots: dict[str, bytes]
+    sweep: dict[str, Any] | None = None
 
 
 def write_report(inputs: ReportInputs, path: Path) -> Path:
@@ -168,6 +169,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str) 
 def _metrics(inputs: ReportInputs) -> Html:
     heading = tag("h2", "Metrics", tag("small", " on held-out tokens, special tokens left out unless named"))
     parts = [heading, tag("div", *_tiles(inputs.evaluation, inputs.summary), class_="tiles")]
+    if inputs.sweep is not None:
+        parts += _sweep(inputs.sweep)
     if inputs.evaluation is not None:
         parts.append(_evaluation(inputs.evaluation))
     if inputs.summary is not None:
@@ -196,6 +199,42 @@ def _tiles(evaluation: dict[str, Any] | None, summary: dict[str, Any] | None) ->
         controls = join("lookup ", lookup, " · shuffled ", shuffled)
         tiles.append(tile(f"Mean score, {name}", own, controls, " · ".join(counts)))
     return tiles
+
+
+def _sweep(sweep: dict[str, Any]) -> list[Html]:
+    """Return the tables of a sweep: its SAEs side by side, and what another seed alone changes."""
+
+    def figure(line: dict[str, Any], name: str) -> Html:
+        interval = line["intervals"].get(name)
+        small = f" {_short(interval[0])} to {_short(interval[1])}" if interval else ""
+        return join(_figure(line[name], "undefined"), tag("small", small))
+
+    shown = [field for field in sweep["varies"] if field != "architecture"]
+    rows = [
+        [line["name"], line["architecture"], *(_value(line[field]) for field in shown),
+         *(figure(line, name) for name in _HEADLINES), "yes" if line["efficient"] else "", "yes" if line["efficient_ce"] else ""]
+        for line in sweep["saes"]
+    ]  # fmt: skip
+    titles = [label for label, _ in _HEADLINES.values()]
+    marks = ["best explained variance at its L0", "best CE at its L0"]
+    caption = "The sweep, with 95 % intervals; best: no other has at most its L0 and at least this figure"
+    parts = [_table(["", "architecture", *shown, *titles, *marks], rows, caption)]
+
+    def spread(found: dict[str, float] | None) -> Html:
+        if found is None:
+            return _figure(None, "undefined")
+        return join(_figure(found["mean"]), tag("small", f" ± {_short(found['sd'])}"))
+
+    own = [field for field in shown if field != "seed"]
+    noise = [
+        [f"{len(line['saes'])} seeds of {line['architecture']}", *(_value(line[field]) for field in own),
+         *(spread(line[name]) for name in _HEADLINES), _percent(line["shared_latents"])]
+        for line in sweep["reseed"]
+    ]  # fmt: skip
+    if noise:
+        caption = "Another seed alone: mean ± standard deviation, and the share of latents that another seed has too"
+        parts.append(_table(["", *own, *titles, "shared latents"], noise, caption))
+    return parts
 
 
 def _evaluation(evaluation: dict[str, Any]) -> Html:

@@ -114,6 +114,7 @@ def steer(
     add: Annotated[float | None, typer.Option(help="add this much of its direction")] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="set it to zero")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="how many tokens to write")] = 60,
+    name: Annotated[str | None, typer.Option("--sae", help="the SAE's name, in a run that trained several")] = None,
 ) -> None:
     """Complete a prompt with and without one feature changed."""
     from monosem.progress import console, progress_bar
@@ -142,13 +143,13 @@ def steer(
     if not prompt:
         raise InputError("--prompt: '' given; allowed: some text")
     opened = Run.of_folder(run_folder)
-    sae = opened.sae()
+    sae = opened.sae(name)
     if not 0 <= feature < sae.cfg.d_sae:
         raise InputError(f"--feature: {feature} given; allowed: 0 to {sae.cfg.d_sae - 1}")
     if sae.latents is None and clamp is not None and clamp.lower().endswith("x"):
         with progress_bar("measuring corpus maxima") as bar:
             sae.latents = latent_statistics(sae, opened.store(), progress=bar)
-        save_latents(sae.latents, opened.folder / "sae")
+        save_latents(sae.latents, opened.sae_folder(name))
     text = steer_text(opened.subject.model, opened.subject.tokenizer, sae, edits, prompt, tokens)
     for what, written in (("baseline", text.baseline), ("steered", text.steered)):
         console.print(f"{what}:", style="bold")

@@ -7,15 +7,18 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from activation_store.config import DataConfig, HarvestConfig, ModelConfig, Section
 from activation_store.errors import InputError, first_line
 from explain.config import ExplainConfig
 from sae.config import EvaluateConfig, SteerConfig, TrainConfig
+from sae.sweep import expand, named
+
+_ONE, _SEVERAL = "one SAE", "several SAEs"
 
 
 class ReportConfig(Section):
@@ -25,7 +28,11 @@ class ReportConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run. `seed` fixes token order, initialisation, shuffling and example choice; train.seed may differ."""
+    """A whole run. `seed` fixes token order, initialisation, shuffling and example choice; train.seed may differ.
+
+    `train` is one SAE, or a sweep: a list of them, or settings with a `grid` of fields and their values. A sweep is trained in
+    one pass over the activations, in the order that the run's seed gives.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     runs_dir: Path = Path("runs")
@@ -33,7 +40,10 @@ class RunConfig(Section):
     model: ModelConfig
     data: DataConfig
     harvest: HarvestConfig
-    train: TrainConfig
+    train: Annotated[
+        Annotated[TrainConfig, Tag(_ONE)] | Annotated[tuple[TrainConfig, ...], Tag(_SEVERAL)],
+        Discriminator(lambda value: _SEVERAL if isinstance(value, list | tuple) else _ONE),
+    ]
     evaluate: EvaluateConfig = EvaluateConfig()
     explain: ExplainConfig = ExplainConfig()
     steer: SteerConfig = SteerConfig()
@@ -42,17 +52,29 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_seed(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("train"), dict) and "seed" in value:
-            return {**value, "train": {"seed": value["seed"], **value["train"]}}
-        return value
+        if not isinstance(value, dict) or not isinstance(value.get("train"), dict | list):
+            return value
+        seed = {"seed": value["seed"]} if "seed" in value else {}
+        if isinstance(value["train"], dict) and "grid" not in value["train"]:
+            return {**value, "train": {**seed, **value["train"]}}
+        members: list[Any] = []
+        for settings in value["train"] if isinstance(value["train"], list) else [value["train"]]:
+            members += [{**seed, **own} for own in expand(settings)] if isinstance(settings, dict) else [settings]
+        if not members:
+            raise ValueError("train: an empty list; give one SAE or more")
+        return {**value, "train": members}
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
-        hooks = self.harvest.hooks
-        named = [("train.hook", hook) for hook in self.train.hooks] + [("train.hook_out", hook) for hook in self.train.hooks_out]
-        for field, hook in (*named, ("explain.neuron_hook", self.explain.neuron_hook)):
+        hooks, members = self.harvest.hooks, self.members
+        given = [("train.hook", hook) for config in members.values() for hook in config.hooks]
+        given += [("train.hook_out", hook) for config in members.values() for hook in config.hooks_out]
+        for field, hook in (*given, ("explain.neuron_hook", self.explain.neuron_hook)):
             if hook is not None and hook not in hooks:
                 raise ValueError(f"{field}: {hook!r} given; allowed: one of harvest.hooks, {', '.join(hooks)}")
+        if self.explain.sae is not None and self.explain.sae not in members:
+            allowed = f"one of {', '.join(members)}" if self.is_sweep else "none, for this run trains one SAE"
+            raise ValueError(f"explain.sae: {self.explain.sae!r} given; allowed: {allowed}")
         window, context = self.explain.window, self.data.context
         if context % window:
             raise ValueError(f"explain.window: {window} given; allowed: a divisor of data.context, {context}")
@@ -64,9 +86,33 @@ class RunConfig(Section):
         return self.runs_dir / self.name
 
     @property
+    def is_sweep(self) -> bool:
+        """Whether several SAEs are trained."""
+        return isinstance(self.train, tuple)
+
+    @property
+    def members(self) -> dict[str, TrainConfig]:
+        """The SAEs to train by name; "" is the name of one that is alone. In a sweep every one names its hooks."""
+        if isinstance(self.train, TrainConfig):
+            return {"": self.train}
+        default = {"hook": self.harvest.hooks[0]}
+        return named([config if config.hooks else config.model_copy(update=default) for config in self.train])
+
+    @property
+    def chosen(self) -> str:
+        """The name of the SAE that is explained and steered with."""
+        return self.explain.sae or next(iter(self.members))
+
+    @property
+    def shared(self) -> TrainConfig:
+        """The first SAE's settings: where it trains with others, some are those of all (see `sae.train_sweep`)."""
+        return next(iter(self.members.values()))
+
+    @property
     def hook(self) -> str:
-        """The hook that the SAE reads, the first of several."""
-        return self.train.hooks[0] if self.train.hooks else self.harvest.hooks[0]
+        """The hook that the chosen SAE reads, the first of several."""
+        hooks = self.members[self.chosen].hooks
+        return hooks[0] if hooks else self.harvest.hooks[0]
 
     def key(self, *sections: str) -> str:
         """Return a hash of some sections: equal keys, equal settings."""
@@ -120,12 +166,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: the value is not YAML ({first_line(error)})") from error
     *sections, last = dotted.split(".")
+    into = [values]
     for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
+        inner = [found.setdefault(section, {}) for found in into]
+        into = [one for found in inner for one in (found if isinstance(found, list) else [found])]  # of a sweep, in every SAE
+        if not all(isinstance(one, dict) for one in into):
             raise InputError(f"override {override!r}: {section!r} has no keys inside")
-        values = inner
-    values[last] = value
+    for found in into:
+        found[last] = value
 
 
 def describe(error: ValidationError) -> str:
@@ -170,7 +218,7 @@ def describe(error: ValidationError) -> str:
 def _field_path(model: type[BaseModel] | None, loc: tuple[str | int, ...]) -> tuple[list[str], type[BaseModel] | None]:
     """Return the field names of an error's location, without pydantic's tags for union members, and the innermost model."""
     names: list[str] = []
-    for part in loc:
+    for part in (part for part in loc if part not in (_ONE, _SEVERAL)):
         if isinstance(part, int):
             names.append(str(part))
         elif model is None:
@@ -190,6 +238,6 @@ def _field_path(model: type[BaseModel] | None, loc: tuple[str | int, ...]) -> tu
 def _model_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, tuple):
         return next((m for m in map(_model_of, typing.get_args(annotation)) if m is not None), None)
     return None

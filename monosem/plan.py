@@ -15,6 +15,7 @@ from activation_store.harvest import disk_bytes, hook_widths
 from activation_store.hooks import capture, locate_hooks
 from activation_store.subject import empty_subject_model, pick_device
 from monosem.config import RunConfig
+from sae.config import TrainConfig
 from sae.memory import L1_ENTRIES, matrices, training_memory
 from sae.sae import Site
 
@@ -52,6 +53,29 @@ class Plan:
         return sum(stage.disk for stage in self.stages)
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What training one SAE of a run takes: numbers it has, FLOPs a token of its encoder's product and of a whole step."""
+
+    config: TrainConfig
+    site: Site
+    d_sae: int
+    parameters: int
+    encode_flops: float
+    step_flops: float
+
+    @classmethod
+    def of(cls, own: TrainConfig, config: RunConfig, widths: dict[str, int]) -> "_Trained":
+        """Reckon it; raises InputError for a train.d_in that does not fit."""
+        hooks = own.hooks or (config.hook,)
+        site = Site(tuple(widths[hook] for hook in hooks), tuple(widths[hook] for hook in own.hooks_out))
+        if own.d_in not in (None, site.d_in):
+            raise InputError(f"train.d_in: {own.d_in} given, but {', '.join(hooks)} of {config.model.id} is {site.d_in} wide")
+        encode, active = 2.0 * site.d_in * own.d_sae, own.k or L1_ENTRIES
+        step = 6 * encode if own.kernels == "reference" else encode + 10.0 * site.d_in * active
+        return cls(own, site, own.d_sae, sum(matrices(own, site)) + own.d_sae + site.d_in, encode, step)
+
+
 def make_plan(config: RunConfig) -> Plan:
     """Work out the plan from the config and the model's architecture; no weights are loaded.
 
@@ -64,16 +88,12 @@ def make_plan(config: RunConfig) -> Plan:
     model = empty_subject_model(config.model)
     sites = locate_hooks(model, config.harvest.hooks)
     widths = hook_widths(model, sites, "meta")
-    hooks = config.train.hooks or (config.hook,)
-    site = Site(tuple(widths[hook] for hook in hooks), tuple(widths[hook] for hook in config.train.hooks_out))
-    d_in = site.d_in
-    if config.train.d_in not in (None, d_in):
-        raise InputError(f"train.d_in: {config.train.d_in} given, but {', '.join(hooks)} of {config.model.id} is {d_in} wide")
+    shared, members = config.shared, [_Trained.of(own, config, widths) for own in config.members.values()]
     device = pick_device(config.model.device)
-    product = "bfloat16" if config.train.compute_dtype == "float8" else config.train.compute_dtype  # reckoned with caution
+    product = "bfloat16" if shared.compute_dtype == "float8" else shared.compute_dtype  # reckoned with caution
     dtypes: set[str] = {config.model.dtype, product, "float32"}
     rates = {dtype: matmul_rate(dtype, device) for dtype in dtypes}
-    context, d_sae = config.data.context, config.train.d_sae
+    context = config.data.context
     sequences = max(config.data.tokens // context, 2)
     rows = sequences * context
     parameters = sum(p.numel() for p in model.parameters())
@@ -84,32 +104,35 @@ def make_plan(config: RunConfig) -> Plan:
     whole = _forward_flops(model, context, lambda tokens: model(input_ids=tokens, attention_mask=mask, use_cache=False))
     stored = min(rows, 2 * config.harvest.stored_tokens) if config.harvest.stream else rows
     budget = int((config.harvest.disk_budget_gb or 0) * 1e9)
-    sae_parameters = sum(matrices(config.train, site)) + d_sae + d_in
-    train_tokens = config.train.steps * config.train.batch_size
+    sae_parameters, train_tokens = sum(own.parameters for own in members), shared.steps * shared.batch_size
     held_out = max(1, round(sequences * config.data.held_out))
     ce_tokens = 5 * min(config.evaluate.ce_sequences, held_out) * context
     examples = config.explain.train_top + config.explain.train_sampled
-    encode = 2.0 * d_in * d_sae
+    chosen = members[list(config.members).index(config.chosen)]
+    encode, every_encode = chosen.encode_flops, sum(own.encode_flops for own in members)
 
     streamed = to_hook * train_tokens if config.harvest.stream else 0.0
 
     def stage(name: str, tokens: int, disk: int, memory: int, flops: float, dtype: str) -> StagePlan:
         return StagePlan(name, tokens, disk, memory, flops, flops / rates[dtype])
 
-    active = config.train.k or L1_ENTRIES
-    step_flops = 12.0 * d_in * d_sae if config.train.kernels == "reference" else 2.0 * d_in * d_sae + 10.0 * d_in * active
-    training = training_memory(config.train, site, device.type)
+    step_flops = sum(own.step_flops for own in members)
+    training: dict[str, int] = {}
+    for own in members:
+        for item, size in training_memory(own.config, own.site, device.type).items():
+            training[item] = training.get(item, 0) + size
     stages = (
         stage("harvest", stored, disk_bytes(widths, config.harvest, stored),
               model_bytes + int(2 * config.harvest.shard_mb * 1e6 * len(widths)), to_hook * stored, config.model.dtype),
         stage("train", train_tokens, sae_parameters * 4 * (1 + 2 * 3) + budget,
-              sum(training.values()) + int(config.train.shuffle_mb * (1 << 20)) + rows // 8,
+              sum(training.values()) + int(shared.shuffle_mb * (1 << 20)) + rows // 8,
               step_flops * train_tokens + streamed, product),
         stage("evaluate", held_out * context + ce_tokens, 1 << 16, model_bytes + sae_parameters * 4,
-              whole * ce_tokens + 2 * encode * held_out * context, config.model.dtype),
-        stage("explain", stored, d_sae * (68 * 8), sae_parameters * 4 + 4096 * d_sae * 8 + d_sae * examples * 2 * 16,
+              whole * (3 + 2 * len(members)) / 5 * ce_tokens + 2 * every_encode * held_out * context, config.model.dtype),
+        stage("explain", stored, chosen.d_sae * (68 * 8),
+              chosen.parameters * 4 + 4096 * chosen.d_sae * 8 + chosen.d_sae * examples * 2 * 16,
               encode * stored, "float32"),
-        stage("report", config.steer.features * config.steer.tokens, 4 << 20, model_bytes + sae_parameters * 4,
+        stage("report", config.steer.features * config.steer.tokens, 4 << 20, model_bytes + chosen.parameters * 4,
               whole * config.steer.features * config.steer.tokens, config.model.dtype),
     )  # fmt: skip
     return Plan(stages, widths, rates[config.model.dtype], parameters, training)

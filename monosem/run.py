@@ -84,11 +84,23 @@ class Run:
         """Open the harvested store."""
         return ActivationStore.open(self.activations)
 
-    def sae(self) -> SAE:
-        """Load the trained SAE."""
-        if not (self.folder / "sae").exists():
-            raise InputError(f"{self.folder / 'sae'}: no SAE there; run `monosem train` first")
-        return SAE.load(self.folder / "sae")
+    def sae_folder(self, name: str | None = None) -> Path:
+        """Return where an SAE is: of a sweep the one of that name, or the chosen one."""
+        return self.folder / "sae" / (self.config.chosen if name is None else name)
+
+    def metrics(self, name: str | None = None) -> Path:
+        """Return where an SAE's training is logged; see `sae_folder`."""
+        chosen = self.config.chosen if name is None else name
+        return self.folder / "metrics" / f"{chosen}.jsonl" if chosen else self.folder / "metrics.jsonl"
+
+    def sae(self, name: str | None = None) -> SAE:
+        """Load a trained SAE; see `sae_folder`."""
+        folder = self.sae_folder(name)
+        if not folder.exists():
+            names = self.config.members
+            known = f"; the sweep's are {', '.join(names)}" if name is not None and name not in names else ""
+            raise InputError(f"{folder}: no SAE there{known or '; run `monosem train` first'}")
+        return SAE.load(folder)
 
     # The manifest: versions, facts, and which stage is done with which settings
 

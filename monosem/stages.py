@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from monosem.plan import make_plan, require_disk
 from monosem.progress import console, progress_bar
 from monosem.run import Run, Stage
 from sae.architectures.identity import IdentitySAE
-from sae.evaluate import evaluate
+from sae.evaluate import evaluate_many
 from sae.formats.saelens import save_latents
-from sae.plots import density_plot, training_plots
+from sae.plots import density_plot, pareto_plot, training_plots
 from sae.readout import output_logits
 from sae.sae import HISTOGRAM_EDGES, SAE
 from sae.steer import complete, steering_sample
-from sae.train import train
+from sae.sweep import summary
+from sae.train import hooks_of, train_sweep
 
 
 def _harvest(run: Run) -> dict[str, Any]:
@@ -57,14 +59,15 @@ def _store_is_whole(run: Run) -> bool:
 
 
 def _train(run: Run) -> dict[str, Any]:
-    config = run.config
+    config, members, shared = run.config, run.config.members, run.config.shared
     store = run.store()
-    hooks = config.train.hooks or (config.hook,)
-    drawn = (*hooks, *config.train.hooks_out)
+    drawn = hooks_of(members) or (config.hook,)
     statistics = [store.statistics(hook) for hook in drawn]
-    d_in = sum(store.width(hook) for hook in hooks)
-    if config.train.d_in not in (None, d_in):
-        raise InputError(f"train.d_in: {config.train.d_in} given, but {', '.join(hooks)} of {store.path} is {d_in} wide")
+    for own in members.values():
+        hooks = own.hooks or (config.hook,)
+        d_in = sum(store.width(hook) for hook in hooks)
+        if own.d_in not in (None, d_in):
+            raise InputError(f"train.d_in: {own.d_in} given, but {', '.join(hooks)} of {store.path} is {d_in} wide")
     import torch
 
     source: Any = store
@@ -74,52 +77,72 @@ def _train(run: Run) -> dict[str, Any]:
                 run.subject, config.data, config.harvest, seed=config.seed, recycle_in=run.folder / "recycled",
                 text_progress=text,
             )  # fmt: skip
-    outliers = config.train.max_norm_multiple
+    outliers = shared.max_norm_multiple
     batches = source.batches(
-        drawn if len(drawn) > 1 else drawn[0], config.train.batch_size, config.train.seed,
-        memory_mb=config.train.shuffle_mb, max_norm_multiple=outliers, device=pick_device(config.train.device),
+        drawn if len(drawn) > 1 else drawn[0], shared.batch_size, config.seed if config.is_sweep else shared.seed,
+        memory_mb=shared.shuffle_mb, max_norm_multiple=outliers, device=pick_device(shared.device),
     )  # fmt: skip
     with progress_bar("train") as bar:
         start = time.perf_counter()
-        sae = train(  # without outliers, the store's moments are not those of the rows drawn: the first batch's are
-            batches, config.train,
+        saes = train_sweep(  # without outliers, the store's moments are not those of the rows drawn: the first batch's are
+            batches, members,
             mean=[torch.from_numpy(s.mean) for s in statistics] if outliers is None else None,
             mean_norm=[s.mean_norm for s in statistics] if outliers is None else None,
-            checkpoints=run.folder / "checkpoints", metrics=run.folder / "metrics.jsonl", progress=bar,
+            checkpoints=run.folder / "checkpoints", metrics={name: run.metrics(name) for name in members}, progress=bar,
         )  # fmt: skip
         seconds = time.perf_counter() - start
     kept = ("model_revision", "model_dtype", "basis", "tokenizer_hash", "special_token_ids", "prepend_bos")
     facts = {key: store.attrs[key] for key in kept}
-    named = {"hook_name": hooks[0]} if len(hooks) == 1 else {}
-    sae.with_metadata(
-        **named, model_name=store.attrs["model"], dataset_path=store.attrs["data"]["source"],
-        context_size=store.context, config_hash=run.config.key("model", "data", "harvest", "train", "seed"), **facts,
-    )  # fmt: skip
-    sae.save(run.folder / "sae")
-    metrics = read_json_lines(run.folder / "metrics.jsonl")
+    for name, sae in saes.items():
+        hooks = members[name].hooks or (config.hook,)
+        only = {"hook_name": hooks[0]} if len(hooks) == 1 else {}
+        sae.with_metadata(
+            **only, model_name=store.attrs["model"], dataset_path=store.attrs["data"]["source"],
+            context_size=store.context, config_hash=run.config.key("model", "data", "harvest", "train", "seed"), **facts,
+        )  # fmt: skip
+        sae.save(run.sae_folder(name))
+    metrics = {name: read_json_lines(run.metrics(name)) for name in members}
     for name, png in training_plots(metrics).items():
         write_atomic(run.folder / "plots" / f"{name}.png", png)
-    tokens = config.train.steps * config.train.batch_size
-    last = metrics[-1]
-    waiting = sum(line["waiting"] for line in metrics) / len(metrics)  # share of the time that no batch was ready
+    tokens = shared.steps * shared.batch_size
+    lines = metrics[config.chosen]
+    waiting = sum(line["waiting"] for line in lines) / len(lines)  # share of the time that no batch was ready
     dropped = {f"left_out_{name}": count for name, count in batches.left_out.items() if count}
-    return {
-        "tokens": tokens, "tokens_per_second": tokens / seconds, "waiting": waiting, **dropped, "l0": last["l0"],
-        "explained_variance": last["explained_variance"], "dead_fraction": last["dead_fraction"],
-    }  # fmt: skip
+    several = {"saes": len(saes)} if config.is_sweep else {}
+    last = _ranges([lines[-1] for lines in metrics.values()], ("l0", "explained_variance", "dead_fraction"))
+    return {**several, "tokens": tokens, "tokens_per_second": tokens / seconds, "waiting": waiting, **dropped, **last}
+
+
+def _ranges(lines: Sequence[dict[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """Return figures, of several SAEs from the least to the most."""
+    found: dict[str, Any] = {}
+    for name in names:
+        known = [line[name] for line in lines if line[name] is not None]
+        found[name] = lines[0][name] if len(lines) == 1 else f"{min(known):.4g} to {max(known):.4g}" if known else None
+    return found
 
 
 def _evaluate(run: Run) -> dict[str, Any]:
-    store = run.store()
+    store, config = run.store(), run.config
     with progress_bar("evaluate") as bar:
         start = time.perf_counter()
-        result = evaluate(
-            run.sae(), store, run.subject.model, run.config.evaluate, tokenizer=run.subject.tokenizer,
-            cache=run.folder / "baselines", seed=run.config.seed, progress=bar,
+        saes = {name: run.sae(name) for name in config.members}
+        results = evaluate_many(
+            saes, store, run.subject.model, config.evaluate, tokenizer=run.subject.tokenizer,
+            cache=run.folder / "baselines", seed=config.seed, progress=bar,
         )  # fmt: skip
         seconds = time.perf_counter() - start
-    write_json(run.folder / "evaluation.json", result)
+    result = results[config.chosen]
     write_atomic(run.folder / "plots" / "density.png", density_plot(result))
+    if config.is_sweep:
+        found = summary(config.members, results, saes)
+        write_json(run.folder / "evaluation.json", {"sweep": found, "saes": results})
+        write_atomic(run.folder / "plots" / "pareto.png", pareto_plot(found))
+        names = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
+        efficient = sum(line["efficient"] for line in found["saes"])
+        return {"saes": len(saes), **_ranges(list(results.values()), names), "efficient": efficient,
+                "held_out_hash": result["held_out_hash"]}  # fmt: skip
+    write_json(run.folder / "evaluation.json", result)
     passes = result["tokens"] + 5 * result["ce_sequences"] * store.context
     keys = (
         "l0", "mse", "explained_variance", "cosine", "relative_reconstruction_bias", "ce_clean", "ce_spliced", "ce_ablated",
@@ -153,8 +176,10 @@ def _explain(run: Run) -> dict[str, Any]:
             sae, store, run.subject.tokenizer, run.config.explain, run.explanations, seed=run.config.seed,
             evidence_progress=evidence, progress=bar,
         )  # fmt: skip
-    save_latents(result.latents, run.folder / "sae")
+    save_latents(result.latents, run.sae_folder())
     figures: dict[str, Any] = {"backend": result.summary["backend"]}
+    if run.config.is_sweep:
+        figures["sae"] = run.config.chosen
     figures["tokens_per_second"] = store.rows / (time.perf_counter() - start)
     failed = 0
     for name, found in result.summary["dictionaries"].items():
@@ -209,13 +234,16 @@ def _report(run: Run) -> dict[str, Any]:
         raise InputError(f"{run.explanations}: no scores there; run `monosem explain` first")
     steering = _steering(run, sae)
     units = read_json_lines(run.explanations / "units.jsonl")
-    manifest = run.manifest()
+    manifest, evaluation = run.manifest(), _read_json(run.folder / "evaluation.json")
+    sweep = evaluation["sweep"] if run.config.is_sweep and evaluation is not None else None
+    if sweep is not None and evaluation is not None:
+        evaluation = evaluation["saes"][run.config.chosen]
     path = write_report(
         ReportInputs(
             title=run.config.report.title or f"monosem: {run.config.name}",
             facts=_facts(run, sae, manifest),
-            metrics=read_json_lines(run.folder / "metrics.jsonl"),
-            evaluation=_read_json(run.folder / "evaluation.json"),
+            metrics=read_json_lines(run.metrics()),
+            evaluation=evaluation,
             summary=_read_json(run.explanations / "summary.json"),
             scores=scores,
             units=units,
@@ -224,6 +252,7 @@ def _report(run: Run) -> dict[str, Any]:
             output_tokens=_output_tokens(run, sae, scores),
             steering=steering,
             plots={file.stem: file.read_bytes() for file in sorted((run.folder / "plots").glob("*.png"))},
+            sweep=sweep,
         ),
         run.folder / "report" / "index.html",
     )
@@ -244,7 +273,10 @@ def _facts(run: Run, sae: SAE, manifest: dict[str, Any]) -> dict[str, Any]:
         "held-out sequences": store.tokens.shape[0] - store.train_sequences,
         "architecture": sae.cfg.architecture, "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae,
     }  # fmt: skip
-    facts |= {f"train {key}": value for key, value in run.config.train.model_dump(mode="json").items() if value is not None}
+    if run.config.is_sweep:
+        facts["SAE shown, of the sweep"] = run.config.chosen
+    own = run.config.members[run.config.chosen]
+    facts |= {f"train {key}": value for key, value in own.model_dump(mode="json").items() if value is not None}
     facts |= {f"explain {key}": value for key, value in run.config.explain.model_dump(mode="json").items() if value is not None}
     facts["seed"] = run.config.seed
     facts |= {f"version {name}": value for name, value in manifest.get("versions", {}).items()}
@@ -290,7 +322,7 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("harvest", ("model", "data", "harvest"), (), ("activations", "activations.journal"), _harvest, _store_is_whole),
-        Stage("train", ("train",), ("harvest",), ("sae", "checkpoints", "metrics.jsonl", "plots", "recycled"), _train),
+        Stage("train", ("train",), ("harvest",), ("sae", "checkpoints", "metrics.jsonl", "metrics", "plots", "recycled"), _train),
         Stage("evaluate", ("evaluate",), ("train",), ("evaluation.json",), _evaluate),
         Stage("explain", ("explain",), ("train",), ("explanations",), _explain),
         Stage("report", ("report", "steer"), ("evaluate", "explain"), ("report",), _report),
@@ -300,8 +332,8 @@ STAGES = {
 
 def do_stages(run: Run, names: list[str]) -> None:
     """Run stages in order; everything that can be known to fail is found before the first one starts."""
-    several = run.config.train.hooks
-    if len(several) > 1 and {"evaluate", "explain", "report"} & set(names):
+    several = next((config.hooks for config in run.config.members.values() if len(config.hooks) > 1), ())
+    if several and {"evaluate", "explain", "report"} & set(names):
         raise InputError(
             f"train.hook: {len(several)} hooks given; evaluate, explain and report read one; `monosem train` trains on all"
         )

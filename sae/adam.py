@@ -201,5 +201,6 @@ class Adam:
 
     def dense_ops(self) -> DenseTermOps:
         """Return dense ones."""
-        rows = {self.parameters[name]: rows for name, rows in self.rows.items()}
-        return DenseTermOps(self.kernels, rows, members=self.members)
+        return DenseTermOps(
+            self.kernels, {self.parameters[name]: rows for name, rows in self.rows.items()}, members=self.members
+        )

@@ -113,7 +113,10 @@ class DenseOrSparse:
         members, batch = sae.members, len(x) // sae.members
         sparse, size = now.ops is self._sparse_ops, max(1, batch)
         if sae.rowwise(now.config):
-            size = part_rows(members * now.config.d_sae, x.device.type, self.density if sparse else None)
+            # of a stack on a CPU, as many rows as of one SAE: for each part all weights' gradients are gone through, and that
+            # counts for more than a cache that the members' blocks share; on a GPU, what fits its memory
+            width = now.config.d_sae * (members if x.is_cuda else 1)
+            size = part_rows(width, x.device.type, self.density if sparse else None)
         # what is left joins the last part: by itself, a few rows may be too dense in a batch that is not
         cuts = [*range(0, max(1, batch // size) * size, size), batch]
         if members == 1:

@@ -172,7 +172,11 @@ def sae_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise InputError(f"{path}: not a folder; give an SAE's folder or a run's")
-    return path / "sae" if (path / "sae").is_dir() else path
+    folder = path / "sae" if (path / "sae").is_dir() else path
+    if folder != path and not (folder / "cfg.json").exists():
+        names = ", ".join(sorted(str(inner) for inner in folder.iterdir() if inner.is_dir()))
+        raise InputError(f"{path}: a run of several SAEs; give one of {names}")
+    return folder
 
 
 def _table(values: dict[str, Any]) -> list[str]:

@@ -269,25 +269,25 @@ class SparseOps:
             return self._in_float32(f, x, rows, bias)
         parts: list[Any] = [(x, weight, bare, screen)] if members == 1 else list(by_member(members, x, weight, bare, screen))
         if bias not in self._floors:
-            self._floors[bias] = torch.stack([self._floor(*part, k) for part, k in zip(parts, ks, strict=True)])
+            self._floors[bias] = torch.stack([self._floor(k, *part) for part, k in zip(parts, ks, strict=True)])
         if x.is_cuda:
             return self._batch_topk_unseen(x, rows, weight, bias, ks)
         floors, found = self._floors[bias], []
         for number, (part, k) in enumerate(zip(parts, ks, strict=True)):
-            own, floors[number] = self._batch_topk(*part, rows, k, float(floors[number]))
+            own, floors[number] = self._batch_topk(rows, k, float(floors[number]), *part)
             found.append(own)
         f = found[0] if members == 1 else stacked(found)
         self._counts.append((HostCount(f.starts[-1]), 0, len(x) // members * sum(ks)))
         return f
 
-    def _floor(self, x: Tensor, weight: Tensor | Float8, bias: Tensor, screen: Screen | None, k: int) -> Tensor:
+    def _floor(self, k: int, x: Tensor, weight: Tensor | Float8, bias: Tensor, screen: Screen | None) -> Tensor:
         """Return a value that the cut of BatchTopK lies above, by what some rows fire."""
         some = self.kernels.topk(x[:_SAMPLE], weight, bias, min(2 * k, len(bias)), screen).values
         rank = min(int(1.5 * k * min(len(x), _SAMPLE)), len(some) - 1)
         return some.sort(descending=True).values[rank] if len(some) else bias.new_zeros(())
 
     def _batch_topk(
-        self, x: Tensor, weight: Tensor | Float8, bias: Tensor, screen: Screen | None, rows: Rows, k: int, floor: float
+        self, rows: Rows, k: int, floor: float, x: Tensor, weight: Tensor | Float8, bias: Tensor, screen: Screen | None
     ) -> tuple[SparseLatents, float]:
         """Take the entries above a floor that the cut surely lies above, then the largest of them; exact, whatever the floor.
 
