@@ -36,6 +36,7 @@ bench: setup
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/training.py --scaling
 	$(BIN)/python benchmarks/training.py --first-steps
+	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/quality.py
 
 # BENCH_PYTHON and PEERS name interpreters that have our packages and the peers' already, for machines without a network
@@ -43,6 +44,7 @@ BENCH_PYTHON ?= $(BIN)/python
 bench-gpu:
 	$(BENCH_PYTHON) benchmarks/training.py --device cuda $(if $(PEERS),--peer-python $(PEERS))
 	$(BENCH_PYTHON) benchmarks/training.py --device cuda --scaling
+	$(BENCH_PYTHON) benchmarks/sweep.py --device cuda
 
 clean:
 	rm -rf .venv .venv-peers demo runs build *.egg-info

@@ -16,7 +16,7 @@ from activation_store.config import DataConfig, HarvestConfig, ModelConfig, Sect
 from activation_store.errors import InputError, first_line
 from explain.config import ExplainConfig
 from sae.config import EvaluateConfig, SteerConfig, TrainConfig
-from sae.sweep import expand, named
+from sae.sweep import expand, named, require_shared
 
 _ONE, _SEVERAL = "one SAE", "several SAEs"
 
@@ -67,6 +67,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":
         hooks, members = self.harvest.hooks, self.members
+        require_shared(members)
         given = [("train.hook", hook) for config in members.values() for hook in config.hooks]
         given += [("train.hook_out", hook) for config in members.values() for hook in config.hooks_out]
         for field, hook in (*given, ("explain.neuron_hook", self.explain.neuron_hook)):
@@ -125,7 +126,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
+    own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # what << brings, a key may give anew
+    keys = [loader.construct_object(key) for key in own]
     twice = sorted({str(key) for key in keys if keys.count(key) > 1})
     if twice:
         raise yaml.constructor.ConstructorError(None, None, f"key given twice: {', '.join(twice)}", node.start_mark)

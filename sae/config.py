@@ -12,6 +12,14 @@ FIRES_K = ("topk", "batchtopk", "matryoshka")
 """Architectures whose sparsity is a number of latents, not the strength of a penalty."""
 
 
+OWNERS: dict[str, tuple[str, ...]] = {
+    "p_end": ("p_anneal",), "p_start_fraction": ("p_anneal",), "prefixes": ("matryoshka",), "random_prefixes": ("matryoshka",),
+    "l0_penalty": ("jumprelu",), "l0_coefficient": ("jumprelu",), "bandwidth": ("jumprelu",), "threshold_init": ("jumprelu",),
+    "tanh_scale": ("jumprelu",), "pre_act_coefficient": ("jumprelu",), "threshold_lr": ("batchtopk", "matryoshka"),
+}  # fmt: skip
+"""The settings that some architectures alone have."""
+
+
 class TrainConfig(Section):
     """How to train one SAE. The defaults follow Anthropic's April 2024 update ("Training Sparse Autoencoders").
 
@@ -110,13 +118,7 @@ class TrainConfig(Section):
             raise ValueError("train.target_l0: missing; the quadratic penalty is the distance from it, so give it, such as 50")
         if kind == "jumprelu" and self.l0_penalty == "step" and self.target_l0 is not None:  # which moves thresholds alone
             raise ValueError("train.target_l0: given, but penalty step answers too slowly to be steered; take tanh or quadratic")
-        owners = {
-            "p_end": ("p_anneal",), "p_start_fraction": ("p_anneal",), "prefixes": ("matryoshka",),
-            "random_prefixes": ("matryoshka",), "l0_penalty": ("jumprelu",), "l0_coefficient": ("jumprelu",),
-            "bandwidth": ("jumprelu",), "threshold_init": ("jumprelu",), "tanh_scale": ("jumprelu",),
-            "pre_act_coefficient": ("jumprelu",), "threshold_lr": ("batchtopk", "matryoshka"),
-        }  # fmt: skip
-        for field, kinds in owners.items():
+        for field, kinds in OWNERS.items():
             if kind not in kinds and getattr(self, field) != type(self).model_fields[field].default:
                 raise ValueError(f"train.{field}: given, but only {' and '.join(kinds)} have it, and this is {kind}")
         if self.compute_dtype == "float8" and self.kernels == "reference":
@@ -183,6 +185,12 @@ class TrainConfig(Section):
         """How dead latents are revived."""
         many = len(self.hooks_out) > 1
         return self.revive or ("auxk" if self.architecture in FIRES_K and self.auxk_coefficient > 0 and not many else "none")
+
+    def has(self, field: str) -> bool:
+        """Say whether a setting means anything to this architecture."""
+        if field == "l1_coefficient":
+            return self.architecture not in (*FIRES_K, "jumprelu")
+        return self.architecture in OWNERS.get(field, (self.architecture,))
 
     @property
     def coefficient(self) -> float:

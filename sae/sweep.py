@@ -15,6 +15,8 @@ from sae.sae import SAE
 
 _VALUE_ALONE = ("architecture", "hook", "hook_out")  # that need no name beside them
 _SHARED = 0.7  # cosine from which two seeds' decoder rows are one latent
+SHARED = ("steps", "batch_size", "device", "kernels", "log_every", "checkpoint_every", "shuffle_mb", "max_norm_multiple")
+"""The settings that SAEs trained in one pass have in common."""
 FIGURES = ("l0", "explained_variance", "ce_recovered", "dead_fraction")
 
 
@@ -36,10 +38,24 @@ def expand(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**common, **dict(zip(grid, values, strict=True))} for values in product(*grid.values())]
 
 
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Return a config as plain values, None for what means nothing to its architecture."""
+    return {name: value if config.has(name) else None for name, value in config.model_dump(mode="json").items()}
+
+
 def varies(configs: Sequence[TrainConfig]) -> list[str]:
     """Return the fields in which the configs differ."""
-    dumps = [config.model_dump(mode="json") for config in configs]
-    return [name for name in dumps[0] if any(dump[name] != dumps[0][name] for dump in dumps)]
+    every = [settings_of(config) for config in configs]
+    return [name for name in every[0] if any(settings[name] != every[0][name] for settings in every)]
+
+
+def require_shared(configs: Mapping[str, TrainConfig]) -> None:
+    """Raise InputError where SAEs that are to train in one pass differ in what is the pass's."""
+    for field in SHARED:
+        values = {name: getattr(config, field) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            given = ", ".join(f"{value} in {name}" for name, value in values.items())
+            raise InputError(f"train.{field}: {given}; SAEs that train in one pass have it in common")
 
 
 def named(configs: Sequence[TrainConfig]) -> dict[str, TrainConfig]:
@@ -52,7 +68,7 @@ def named(configs: Sequence[TrainConfig]) -> dict[str, TrainConfig]:
     for config in configs:
         parts = []
         for field in fields:
-            value = config.model_dump(mode="json")[field]
+            value = settings_of(config)[field]
             if value is not None:
                 values = value if isinstance(value, list) else [value]
                 text = "+".join(f"{v:g}" if isinstance(v, float) else str(v) for v in values)
@@ -79,7 +95,7 @@ def summary(configs: Mapping[str, TrainConfig], results: Mapping[str, dict[str, 
     lines = []
     for name, config in configs.items():
         found = results[name]
-        settings = {field: config.model_dump(mode="json")[field] for field in fields}
+        settings = {field: settings_of(config)[field] for field in fields}
         intervals = {figure: found["intervals"].get(figure) for figure in FIGURES}
         lines.append({"name": name, **settings, "architecture": config.architecture, "hooks": [*config.hooks, *config.hooks_out],
                       **{f: found[f] for f in FIGURES}, "intervals": intervals})  # fmt: skip

@@ -18,12 +18,9 @@ from sae.ops import kernels_for
 from sae.ops.float8 import in_hardware
 from sae.sae import SAE, Site
 from sae.stack import Member, Stack, stacks_of
+from sae.sweep import require_shared
 
 Batch = Tensor | Sequence[Tensor]
-
-SHARED = ("steps", "batch_size", "device", "kernels", "log_every", "checkpoint_every", "shuffle_mb", "max_norm_multiple")
-"""The settings that SAEs trained in one pass have in common."""
-
 
 @runtime_checkable
 class Seekable(Protocol):
@@ -76,12 +73,12 @@ def train_sweep(
     """Train several SAEs by name in one pass over the batches, each as `train` would by itself on these very batches.
 
     A batch is a tensor, or one tensor for each of `hooks_of(configs)`. SAEs of equal shape, which differ in no more than
-    `sae.stack.FREE`, train as one: their products are batched, and all else takes as many calls as for one. Their `SHARED`
-    settings must be equal. A `seed` decides an SAE's initial weights; the order of the data is that of the batches, and the
-    same for all. `metrics` are .jsonl files by name. For all else, and what is raised, see `train`.
+    `sae.stack.FREE`, train as one: their products are batched, and all else takes as many calls as for one. Settings in
+    `sae.sweep.SHARED` must be equal. A `seed` decides an SAE's initial weights; the order of the data is that of the batches,
+    and the same for all. `metrics` are .jsonl files by name. For all else, and what is raised, see `train`.
     """
     config = next(iter(configs.values()))
-    _require_shared(configs)
+    require_shared(configs)
     device = pick_device(config.device)
     kernels = kernels_for(device.type, config.kernels == "reference")
     if any(c.compute_dtype == "float8" for c in configs.values()) and (not in_hardware(device) or kernels.name == "reference"):
@@ -129,14 +126,6 @@ def hooks_of(configs: Mapping[str, TrainConfig]) -> tuple[str, ...]:
     ('x', 'y')
     """
     return tuple(dict.fromkeys(hook for c in configs.values() for hook in (*c.hooks, *c.hooks_out)))
-
-
-def _require_shared(configs: Mapping[str, TrainConfig]) -> None:
-    for field in SHARED:
-        values = {name: getattr(c, field) for name, c in configs.items()}
-        if len(set(values.values())) > 1:
-            given = ", ".join(f"{value} in {name}" for name, value in values.items())
-            raise InputError(f"train.{field}: {given}; SAEs that train in one pass have it in common")
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:

@@ -57,7 +57,8 @@ def by_name(path):
 
 
 def test_the_runs_that_users_start_are_there():
-    assert {path.stem for path in FILES} >= {"demo", "gpt2-small", "pythia-70m", "gemma-2-2b", "llama-3.1-8b"}
+    names = {"demo", "gpt2-small", "pythia-70m", "pythia-70m-sweep", "gemma-2-2b", "llama-3.1-8b"}
+    assert {path.stem for path in FILES} >= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=by_name)
@@ -70,7 +71,7 @@ def test_steps_fit_the_tokens(path):
     config = load(path)
     sequences = config.data.tokens // config.data.context
     training_rows = (sequences - max(1, round(sequences * config.data.held_out))) * config.data.context
-    epochs = config.train.steps * config.train.batch_size / training_rows
+    epochs = config.shared.steps * config.shared.batch_size / training_rows
     assert 0.5 <= epochs <= 20
 
 
@@ -102,7 +103,7 @@ def test_warm_ups_are_the_steps_that_the_comments_say(path):
     config = load(path)
     said = re.findall(r"^  (\w+_fraction): \S+  # ([\d,]+) steps$", path.read_text(), re.M)
     for field, steps in said:
-        assert getattr(config.train, field) * config.train.steps == pytest.approx(int(steps.replace(",", "")), rel=0.03)
+        assert getattr(config.shared, field) * config.shared.steps == pytest.approx(int(steps.replace(",", "")), rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_a_key_given_twice_is_refused(tmp_path):
 
 
 def test_a_section_that_is_a_list_is_refused(tmp_path):
-    message = refusal(written(tmp_path, without("train") + "train: []\n"))
-    assert ": train: [] given; allowed: " in message
+    message = refusal(written(tmp_path, without("harvest") + "harvest: []\n"))
+    assert ": harvest: [] given; allowed: " in message
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "just words\n"], ids=["empty", "list", "words"])

@@ -7,7 +7,7 @@ from activation_store import ActivationStore, DataConfig, HarvestConfig, ModelCo
 from activation_store.harvest import harvest
 from activation_store.live import stream_activations
 from activation_store.subject import load_subject
-from sae import TrainConfig, train
+from sae import TrainConfig, train, train_sweep
 from sae.ops.float8 import in_hardware
 
 pytestmark = [
@@ -101,3 +101,20 @@ def test_training_on_cuda_is_worth_what_it_is_on_a_cpu(architecture, own, dtype)
         again = train(batches, config)
         assert torch.equal(again.W_enc, sae.W_enc), "equal runs end in equal bits"
     assert values["cuda"] == pytest.approx(values["cpu"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own"),
+    [("standard", [{"l1_coefficient": c} for c in (0.5, 2.0)]), ("topk", [{"k": k} for k in (4, 8)]),
+     ("batchtopk", [{"k": k} for k in (4, 8)]), ("jumprelu", [{"l0_coefficient": c} for c in (0.2, 0.5)])],
+)  # fmt: skip
+def test_a_stack_on_cuda_trains_each_member_as_it_would_train_by_itself(architecture, own):
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(256, 64, generator=generator) + 1 for _ in range(10)]
+    common = {"architecture": architecture, "d_sae": 256, "steps": 40, "batch_size": 256, "lr": 1e-3, "device": "cuda"}
+    configs = {str(i): TrainConfig(**common, **one, seed=i) for i, one in enumerate(own)}
+    together = train_sweep(batches, configs)
+    for name, config in configs.items():
+        x = batches[0]
+        alone = train(batches, config)(x)
+        assert float((alone - together[name](x)).norm() / alone.norm()) < 1e-2

@@ -8,6 +8,7 @@ They also work for stacks of SAEs (see latents.py): then rows and latents are th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -63,6 +64,12 @@ class Ops(Protocol):
 
     def entries(self) -> int:
         """Return how many entries the step's latents had, so far. Raises TooDense where they did not fit."""
+
+
+@cache
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return whole numbers as a tensor. A copy from ordinary memory makes a GPU wait: it is made once."""
+    return torch.tensor(numbers, device=device)
 
 
 class HostCount:
@@ -314,7 +321,8 @@ class SparseOps:
         room, floors = min(len(x) * d_each, 4 * sum(wanted)), self._floors[bias]
         f = self.kernels.above(x, weight, bias.detach(), floors.repeat_interleave(d_each), room, rows.screen, members)
         ends = f.starts[:: max(batch, 1)][: members + 1]  # where each member's entries begin, and the last's end
-        short = (ends.diff() < torch.tensor(wanted, device=x.device)).any()
+        many = on_device(tuple(wanted), x.device)
+        short = (ends.diff() < many).any()
         self._counts.append((HostCount(torch.where(short, -1, f.starts[-1])), 0, room))
         f = self._in_float32(f, x, rows, bias)  # the cut is between float32 values
         values = f.values
@@ -323,7 +331,7 @@ class SparseOps:
         of = torch.where(torch.arange(len(values), device=x.device) < ends[-1], f.index // d_each, members)
         ordered, order = values.sort(descending=True)
         ordered = ordered[of[order].sort(stable=True).indices] if members > 1 else ordered
-        last, many = len(ordered) - 1, torch.tensor(wanted, device=x.device)
+        last = len(ordered) - 1
         cuts = ordered[(ends[:-1] + many - 1).clamp(0, last)]
         # the next floor aims at twice as many as are wanted, where there is room for four times
         after = ordered[torch.minimum(ends[:-1] + 2 * many, ends[1:] - 1).clamp(0, last)]
