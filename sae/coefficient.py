@@ -25,6 +25,9 @@ class Coefficient:
     The controller integrates in logarithms: log strength moves by log(L0 / target), as L0 will stand a
     little later if it goes on as it does, so that a penalty that is already at work is not strengthened further (in the
     manner of the L0 tuner of Chanin et al. 2025, "SynthSAEBench"). All on the device: nothing waits for it.
+
+    A quadratic penalty pulls L0 to its centre by itself, if never quite: there the strength stays, and the centre is what is
+    moved, by the same controller.
     """
 
     def __init__(self, configs: Sequence[TrainConfig], device: torch.device, state: Tensor | None = None) -> None:
@@ -41,7 +44,14 @@ class Coefficient:
     def at(self, step: int) -> Tensor | float:
         """Return the strength at `step`: a number, or (members,)."""
         strength = self.given * warmup_factor(step, self.config)
-        return strength if self.config.target_l0 is None else _GENTLY * strength * self.state[0].exp()
+        if self.config.target_l0 is None or self.config.l0_penalty == "quadratic":
+            return strength
+        return _GENTLY * strength * self.state[0].exp()
+
+    @property
+    def aim(self) -> Tensor | None:
+        """The L0 that a quadratic penalty is centred on now, (members,)."""
+        return (self.wanted - self.state[0]).exp() if self.config.l0_penalty == "quadratic" else None
 
     @torch.no_grad()
     def update(self, fired: Tensor, rows: int) -> None:

@@ -72,7 +72,7 @@ class TrainConfig(Section):
     prefixes: tuple[int, ...] | None = None
     random_prefixes: int | None = Field(default=None, ge=2)
     lr: float = Field(default=5e-5, gt=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     steps: int = Field(ge=1)
     batch_size: int = Field(default=2048, ge=1)
     shuffle_mb: float = Field(default=1024, gt=0)
@@ -187,10 +187,22 @@ class TrainConfig(Section):
         return self.revive or ("auxk" if self.architecture in FIRES_K and self.auxk_coefficient > 0 and not many else "none")
 
     def has(self, field: str) -> bool:
-        """Say whether a setting means anything to this architecture."""
+        """Say whether a setting means anything beside the others."""
         if field == "l1_coefficient":
             return self.architecture not in (*FIRES_K, "jumprelu")
+        if field == "sparsity_norm":
+            return self.architecture in ("standard", "p_anneal")
+        if field in ("tanh_scale", "pre_act_coefficient") and self.l0_penalty != "tanh":
+            return False
+        revived_by = {"auxk_k": "auxk", "auxk_coefficient": "auxk", "resample_every_tokens": "resample"}
+        if field in revived_by and self.revives != revived_by[field]:
+            return field == "auxk_coefficient" and self.revive is None  # 0 is how AuxK is switched off
         return self.architecture in OWNERS.get(field, (self.architecture,))
+
+    def ignored(self) -> list[str]:
+        """Return the settings that differ from their defaults and mean nothing beside the others."""
+        fields = type(self).model_fields
+        return [name for name in fields if getattr(self, name) != fields[name].default and not self.has(name)]
 
     @property
     def coefficient(self) -> float:

@@ -86,21 +86,21 @@ class DenseOrSparse:
 
     def backward(
         self, sae: SAE, x: Tensor, config: TrainConfig, coefficient: Tensor | float, dead: Callable[[], Dead | None], step: int,
-        k: tuple[int, ...] = (),
+        k: tuple[int, ...] = (), aim: Tensor | None = None,
     ) -> Step:  # fmt: skip
-        """Compute the loss of x and leave its gradients for the optimiser; see Moment for a stack's coefficient and k."""
+        """Compute the loss of x and leave its gradients for the optimiser; see Moment for k, aim and a stack's coefficient."""
         found: Step | None = None
         if x.is_cuda:  # arrays have the length there is room for: what the last step needed and half as much again
             self._sparse_ops.room = min(self.leave, 2 ** (math.ceil(4 * math.log2(1.5 * max(self.density, 1e-9))) / 4))
         if not (self.dense or self._reference):
             try:
-                found = self._backward(sae, x, Moment(config, coefficient, self._sparse_ops, dead, step, k))
+                found = self._backward(sae, x, Moment(config, coefficient, self._sparse_ops, dead, step, k, aim))
                 entries = self._sparse_ops.entries()  # on CUDA this waits for the selection only; what follows it is queued
             except TooDense:
                 self._optimizer.clear()
                 found = None
         if found is None:
-            found = self._backward(sae, x, Moment(config, coefficient, self._dense_ops, dead, step, k))
+            found = self._backward(sae, x, Moment(config, coefficient, self._dense_ops, dead, step, k, aim))
             entries = self._dense_ops.entries()
         self.density = entries / max(1, len(x) * sae.cfg.d_sae // sae.members)
         found = replace(found, density=self.density)

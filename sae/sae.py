@@ -91,8 +91,9 @@ class Moment:
     """Where training stands, and what its loss is computed with.
 
     `coefficient` is the sparsity penalty's now. `ops` computes, plain dense autograd by default. `dead` tells which latents
-    have not fired for long; it is asked last, when the batch's own work is queued. Of a stack of SAEs (see `sae.stack`),
-    `coefficient` (members,) and `k` hold every member's; what else the config says holds for all of them.
+    have not fired for long; it is asked last, when the batch's own work is queued. `aim` is the L0 that a quadratic penalty is
+    centred on (None: the config's target). Of a stack of SAEs (see `sae.stack`), `coefficient` and `aim` (members,) and `k` hold
+    every member's; what else the config says holds for all of them.
     """
 
     config: "TrainConfig"
@@ -101,6 +102,7 @@ class Moment:
     dead: "Callable[[], Dead | None]" = lambda: None
     step: int = 0
     k: tuple[int, ...] = ()
+    aim: Tensor | None = None
 
 
 @dataclass(frozen=True)

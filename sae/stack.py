@@ -59,8 +59,7 @@ class Member:
         if alone or config.skip_connection or len(config.hooks_out) > 1:
             return object()
         settings = config.model_dump(mode="json", exclude=set(FREE))
-        target = config.target_l0 if config.l0_penalty == "quadratic" else config.target_l0 is None
-        kind = (self.site, config.unit_norm_decoder, config.subtracts_b_dec, config.k is None, target)
+        kind = (self.site, config.unit_norm_decoder, config.subtracts_b_dec, config.k is None, config.target_l0 is None)
         return str((kind, sorted(settings.items())))
 
 
@@ -146,7 +145,7 @@ class Stack:
         x = self._inputs(tensors)
         batch = len(x) // len(self.members)
         strength = self.coefficient.at(step)
-        out = self.way.backward(sae, x, config, strength, self.idle.dead, step, self.k)
+        out = self.way.backward(sae, x, config, strength, self.idle.dead, step, self.k, self.coefficient.aim)
         self.finite.add(out.loss)
         self.optimizer.step(config.lr * learning_rate_factor(step, config))
         sae.after_step(config, out)

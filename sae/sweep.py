@@ -44,9 +44,13 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
 
 
 def varies(configs: Sequence[TrainConfig]) -> list[str]:
-    """Return the fields in which the configs differ."""
-    every = [settings_of(config) for config in configs]
-    return [name for name in every[0] if any(settings[name] != every[0][name] for settings in every)]
+    """Return the fields in which configs differ, of those that each gives a meaning."""
+    found = []
+    for name in type(configs[0]).model_fields:
+        values = [getattr(config, name) for config in configs if config.has(name)]
+        if any(value != values[0] for value in values):
+            found.append(name)
+    return found
 
 
 def require_shared(configs: Mapping[str, TrainConfig]) -> None:

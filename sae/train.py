@@ -1,5 +1,6 @@
 """The training loop. Reads top to bottom; architectures bring their loss, data and checkpoints come from outside."""
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from sae.ops.float8 import in_hardware
 from sae.sae import SAE, Site
 from sae.stack import Member, Stack, stacks_of
 from sae.sweep import require_shared
+
+log = logging.getLogger(__name__)
 
 Batch = Tensor | Sequence[Tensor]
 
@@ -79,6 +82,10 @@ def train_sweep(
     """
     config = next(iter(configs.values()))
     require_shared(configs)
+    for name, c in configs.items():
+        if c.ignored():
+            whose = name or f"{c.architecture} here"
+            log.warning("train.%s: given, and of no meaning to %s", ", train.".join(c.ignored()), whose)
     device = pick_device(config.device)
     kernels = kernels_for(device.type, config.kernels == "reference")
     if any(c.compute_dtype == "float8" for c in configs.values()) and (not in_hardware(device) or kernels.name == "reference"):
@@ -100,7 +107,7 @@ def train_sweep(
         asked = time.perf_counter()
         tensors = first if step == start else _tensors(next(stream))
         waited = time.perf_counter() - asked
-        here = [t.to(device, non_blocking=True) for t in tensors]
+        here = [t.to(device, torch.float32, non_blocking=True) for t in tensors]
         for stack in stacks:
             stack.waited(waited)
             stack.step(here, step)
@@ -138,6 +145,12 @@ def _members(
 ) -> list[Member]:  # fmt: skip
     """Return what each SAE takes of a batch. Raises InputError where the tensors are not what its config reads and predicts."""
     hooks, found = hooks_of(configs), list[Member]()
+    for tensor, mean in zip(first, means, strict=False):
+        if tensor.dim() != 2 or not tensor.is_floating_point() or len(tensor) != len(first[0]):
+            shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in first)
+            raise InputError(f"batches: {shapes} given; give (batch, d_in) of floating-point numbers, equal rows for every hook")
+        if mean.shape != tensor.shape[1:]:
+            raise InputError(f"mean: {tuple(mean.shape)} given for activations {tensor.shape[1]} wide; give one number a column")
     if len(first) != max(len(hooks), 1):
         raise InputError(f"batches: {len(first)} tensors a batch, but train.hook and train.hook_out name {len(hooks)} hooks")
     for number, (name, config) in enumerate(configs.items()):
@@ -166,9 +179,9 @@ def _moments(
 
     They are looked at closely where they have been `drawn` for the first time: a resumed run has its scales.
     """
-    means = [t.mean(0) for t in first] if mean is None else [m.float() for m in _tensors(mean)]
+    means = [t.float().mean(0) for t in first] if mean is None else [m.float() for m in _tensors(mean)]
     if mean_norm is None:
-        norms = [float(t.norm(dim=1).mean()) for t in first]
+        norms = [float(t.float().norm(dim=-1).mean()) for t in first]
     else:
         norms = [mean_norm] if isinstance(mean_norm, int | float) else list(mean_norm)
     for norm in norms if drawn else ():

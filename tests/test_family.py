@@ -70,6 +70,7 @@ KINDS = {
     "skip-jumprelu": {"architecture": "jumprelu", "hook": "a", "hook_out": "b", "skip_connection": True, "bandwidth": 0.4},
     "crosscoder": {"architecture": "standard", "hook": ("a", "b")},
     "crosscoder-batchtopk": {"architecture": "batchtopk", "hook": ("a", "b")},
+    "crosscoder-topk": {"architecture": "topk", "hook": ("a", "b")},
     "clt": {"architecture": "jumprelu", "hook": ("a", "b"), "hook_out": ("c", "d"), "bandwidth": 0.4},
     "clt-topk": {"architecture": "topk", "hook": ("a", "b"), "hook_out": ("c", "d")},
     "ghost": {"architecture": "standard", "revive": "ghost"},
@@ -192,7 +193,10 @@ def test_a_training_that_is_stopped_ends_in_the_same_bits(kind, tmp_path):
         assert torch.equal(value, again.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("kind", ["gated", "jumprelu-tanh", "matryoshka", "skip-jumprelu", "crosscoder", "clt"])
+@pytest.mark.parametrize(
+    "kind",
+    ["gated", "jumprelu-tanh", "matryoshka", "skip", "skip-jumprelu", "crosscoder", "crosscoder-topk", "clt", "clt-topk"],
+)
 def test_folding_keeps_predictions_and_who_fires(kind):
     c = config(**KINDS[kind])
     sae = fresh(c).finished()
@@ -343,10 +347,13 @@ def test_a_planted_dictionary_is_recovered(architecture, own):
     ("architecture", "target"),
     [
         ("standard", 3.0), ("standard", 6.0), ("jumprelu", 3.0), ("jumprelu", 5.0), ("gated", 3.0), ("p_anneal", 3.0),
+        ("quadratic", 3.0), ("quadratic", 5.0),
     ],
 )  # fmt: skip
 def test_target_l0_is_met_within_five_percent(architecture, target):
-    c = config(architecture, target_l0=target, steps=800, batch_size=256, lr=4e-3)
+    own = {"l0_penalty": "quadratic"} if architecture == "quadratic" else {}
+    architecture = "jumprelu" if own else architecture
+    c = config(architecture, target_l0=target, steps=800, batch_size=256, lr=4e-3, **own)
     sae = train(planted(100, 256), c)
     x = torch.cat(planted(8, 256, seed=5))
     assert float((sae.encode(x) > 0).sum(1).float().mean()) == pytest.approx(target, rel=0.05)
@@ -364,6 +371,21 @@ def test_the_controller_holds_a_simple_plant_at_its_target():
         assert math.exp(level) == pytest.approx(target, rel=0.02)
 
 
+def test_no_two_latents_start_anew_from_the_same_input():
+    """They would stay equal for ever. Five rows are left for 24 dead latents: the rest wait for another turn."""
+    c = config("standard", revive="resample")
+    sae, x = fresh(c), rows_for(c)
+    idle = IdleTokens(torch.where(torch.arange(LATENTS) % 2 == 0, c.dead_window_tokens + torch.arange(LATENTS), 0),
+                      c.dead_window_tokens)  # fmt: skip
+    error = torch.zeros(len(x))
+    error[[2, 5, 8, 11, 30]] = torch.tensor([1.0, 1.0, 1.0, 50.0, 1.0])
+    before = sae.W_dec.detach().clone()
+    assert resample(sae, adam_of(sae, c), idle, x, error, c, step=7) == 5
+    changed = (sae.W_dec != before).any(1).nonzero().squeeze(1)
+    assert changed.tolist() == [38, 40, 42, 44, 46]  # those idle for longest
+    assert len(torch.unique(sae.W_dec[changed], dim=0)) == 5
+
+
 def test_resampling_starts_dead_latents_anew_from_what_is_modelled_badly():
     c = config("standard", revive="resample")
     sae, x = fresh(c), rows_for(c)
@@ -373,10 +395,11 @@ def test_resampling_starts_dead_latents_anew_from_what_is_modelled_badly():
     idle = IdleTokens(torch.where(torch.arange(LATENTS) % 4 == 1, c.dead_window_tokens, 0), c.dead_window_tokens)
     before = {name: value.clone() for name, value in sae.state_dict().items()}
     error = torch.zeros(len(x))
-    error[[5, 8]] = 1.0
+    bad = torch.arange(5, 5 + LATENTS // 4)
+    error[bad] = 1.0
     assert resample(sae, adam, idle, x, error, c, step=7) == LATENTS // 4
     dead = torch.arange(LATENTS) % 4 == 1
-    directions = torch.nn.functional.normalize(x[[5, 8]] - sae.b_dec, dim=1)
+    directions = torch.nn.functional.normalize(x[bad] - sae.b_dec, dim=1)
     cosine = torch.nn.functional.normalize(sae.W_dec[dead], dim=1) @ directions.T
     assert torch.allclose(cosine.max(1).values, torch.ones(LATENTS // 4), atol=1e-5)
     assert torch.allclose(sae.W_dec[dead].norm(dim=1), before["W_dec"][~dead].norm(dim=1).mean().expand(LATENTS // 4))

@@ -519,7 +519,7 @@ def test_idle_tokens_tell_who_is_dead():
     assert sorted(dead.latents[dead.mask].tolist()) == [0, 1, 3, 5]
     for _ in range(2):
         idle.update(torch.zeros(6), 64)
-    assert sorted(idle.dead().latents.tolist()) == list(range(6))  # of eight there are six
+    assert sorted(idle.dead().latents[0].tolist()) == list(range(6))  # of eight there are six
 
 
 # --- what training returns

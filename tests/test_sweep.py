@@ -2,12 +2,13 @@
 
 import json
 import math
+import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
 import yaml
-from test_cli import MLP, RESID, monosem_cli, tiny_config  # noqa: F401 a fixture
+from test_cli import MLP, RESID, command, kill_when, monosem_cli, tiny_config  # noqa: F401 a fixture
 from test_report import inputs
 
 from activation_store.errors import InputError
@@ -183,7 +184,7 @@ def test_a_sweep_runs_the_whole_road(swept, capsys, monkeypatch):
     code, out, err = monosem_cli(capsys, monkeypatch, "run", path)
     assert code == 0, err
     assert "saes 5" in out
-    names = [f"topk_{RESID}_k-{k}_seed-{s}" for k in (2, 6) for s in (0, 1)] + [f"standard_{MLP}_l1_coefficient-0.5_seed-0"]
+    names = [f"topk_{RESID}_k-{k}_seed-{s}" for k in (2, 6) for s in (0, 1)] + [f"standard_{MLP}_seed-0"]
     assert sorted(p.name for p in (folder / "sae").iterdir()) == sorted(names)
     assert sorted(p.stem for p in (folder / "metrics").iterdir()) == sorted(names)
     evaluation = json.loads((folder / "evaluation.json").read_text())
@@ -216,6 +217,20 @@ def test_after_a_sweep_one_sae_is_explained_steered_with_and_given_away(swept, c
     code, _, err = monosem_cli(capsys, monkeypatch, "convert", folder, tmp_path / "out", "--to", "sparsify")
     assert (code, "a run of several SAEs; give one of" in err) == (2, True)
     assert monosem_cli(capsys, monkeypatch, "convert", folder / "sae" / name, tmp_path / "out", "--to", "sparsify")[0] == 0
+
+
+def test_a_killed_sweep_ends_in_the_same_bytes(swept, tmp_path):
+    path, folder = swept
+    again = tmp_path / "tiny"
+    settings = (path, f"runs_dir={tmp_path}", "train.checkpoint_every=50")
+    subprocess.run(command("harvest", *settings), check=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command("train", *settings), stdout=subprocess.DEVNULL)
+    assert kill_when(process, lambda: any((again / "checkpoints").glob("step-*"))), "training finished before the kill"
+    assert not (again / "sae").exists()
+    subprocess.run(command("train", *settings), check=True, stdout=subprocess.DEVNULL)
+    assert len(list((folder / "sae").iterdir())) == 5
+    for weights in (folder / "sae").glob("*/sae_weights.safetensors"):
+        assert (again / weights.relative_to(folder)).read_bytes() == weights.read_bytes()
 
 
 def test_the_plan_adds_the_members_up(swept, tmp_path, tiny_config):  # noqa: F811

@@ -194,3 +194,38 @@ def test_schedules():
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:81] == [1.0] * 72
     assert factors[-1] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (torch.ones(4, 3, 2), r"batches: \(4, 3, 2\) torch.float32 given; give \(batch, d_in\)"),
+        (torch.ones(4, 3, dtype=torch.int64), r"batches: \(4, 3\) torch.int64 given"),
+    ],
+)
+def test_batches_of_another_shape_or_kind_are_refused(batch, said):
+    with pytest.raises(InputError, match=said):
+        train([batch], TrainConfig(d_sae=8, steps=2))
+
+
+def test_a_mean_of_another_width_is_refused():
+    with pytest.raises(InputError, match=r"mean: \(5,\) given for activations 3 wide"):
+        train([torch.randn(4, 3)], TrainConfig(d_sae=8, steps=2), mean=torch.zeros(5), mean_norm=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_batches_of_other_precision_are_taken_as_float32(dtype):
+    batches = [torch.randn(64, 6, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    config = TrainConfig(d_sae=16, steps=5, lr=1e-3)
+    assert torch.equal(train(batches, config).W_enc, train([b.float() for b in batches], config).W_enc)
+
+
+def test_settings_that_mean_nothing_are_said(caplog):
+    c = TrainConfig(architecture="topk", k=2, d_sae=8, steps=1, l1_coefficient=3.0, resample_every_tokens=5)
+    assert c.ignored() == ["l1_coefficient", "resample_every_tokens"]
+    train([torch.randn(8, 4)], c)
+    assert "train.l1_coefficient, train.resample_every_tokens: given, and of no meaning to topk here" in caplog.text
+    assert TrainConfig(architecture="topk", k=2, d_sae=8, steps=1, auxk_coefficient=0).ignored() == []
+    assert TrainConfig(d_sae=8, steps=1, l1_coefficient=3.0).ignored() == []
+    with pytest.raises(ValueError, match="less than 1"):
+        TrainConfig(d_sae=8, steps=1, adam_betas=(0.9, 1.5))

@@ -111,7 +111,7 @@ class JumpReLUTraining(LinearSAE):
             score = torch.tanh(config.tanh_scale * f.values * f.of_latent(norms))
             penalty = self.mean(f.row_sum(score))
             if config.pre_act_coefficient > 0:
-                fixed = norms.detach()
+                fixed = norms.detach()  # it is to move encoders, not to shrink the decoders of latents that rest
                 every = ops.preactivation_sum(x, self.W_enc, self.b_enc - threshold, fixed, self.shift)
                 above = torch.where(f.values > 0, (z - thresholds) * f.of_latent(fixed), 0)
                 pre_act = self.mean(f.row_sum(above) - every)
@@ -121,7 +121,7 @@ class JumpReLUTraining(LinearSAE):
             penalty = self.mean(f.row_sum(fires))
             if config.l0_penalty == "quadratic":
                 assert config.target_l0 is not None
-                penalty = (penalty / config.target_l0 - 1).square()
+                penalty = (penalty / (config.target_l0 if now.aim is None else now.aim) - 1).square()
         parts["sparsity"] = penalty.detach()
         with torch.no_grad():
             l1 = self.mean(f.row_sum(f.values))

@@ -22,19 +22,21 @@ def due(config: TrainConfig, step: int) -> bool:
 def resample(sae: LinearSAE, optimizer: Adam, idle: IdleTokens, x: Tensor, error: Tensor, config: TrainConfig, step: int) -> int:
     """Start dead latents anew, and return how many there were.
 
-    Each takes a row of x (batch, d_in), drawn with probability in proportion to its squared loss, error (batch,) squared:
-    relative to b_dec and at norm 1, as its decoder row; at a fifth of the live latents' mean norm, as its encoder column.
-    Its biases and Adam's moments are 0 again. The draw is a function of (seed, step).
+    Each takes a row of x (batch, d_in) of its own, drawn with probability in proportion to its squared loss, error (batch,)
+    squared: relative to b_dec and at norm 1, as its decoder row; at a fifth of the live latents' mean norm, as its encoder
+    column. Two with one row would stay equal for ever: where there are more dead latents than rows, those idle for longest
+    begin, and the others at a later turn. Biases and Adam's moments are 0 again. The draw is a function of (seed, step).
     """
-    dead = (idle.tokens >= idle.window).nonzero().squeeze(1)
-    if len(dead) == 0 or len(x) == 0 or not float(error.sum()) > 0:
+    chances = error.double().square().cpu()
+    most = min(int((idle.tokens >= idle.window).sum()), int((chances > 0).sum()))
+    if most == 0:
         return 0
+    dead = idle.tokens.topk(most).indices.sort().values
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    rows = torch.multinomial(error.double().square().cpu(), len(dead), replacement=True, generator=generator).to(x.device)
+    rows = torch.multinomial(chances, most, replacement=False, generator=generator).to(x.device)
     chosen = x[rows] if sae.shift is None else x[rows] - sae.shift
     directions = torch.nn.functional.normalize(chosen, dim=1)
-    alive = torch.ones(len(idle.tokens), dtype=torch.bool, device=x.device)
-    alive[dead] = False
+    alive = idle.tokens < idle.window
     live = alive if bool(alive.any()) else ~alive
     decoder_norm = sae.W_dec.norm(dim=1)[live].mean()
     encoder_norm = sae.W_enc.norm(dim=0)[live].mean() * _ENCODER_SHARE

@@ -24,6 +24,13 @@ class TopKSAE(LinearSAE):
         """Say which latents fire while training; of a stack, `k` is every member's."""
         return TopK(k)
 
+    def fold_norms(self, norm: Tensor) -> None:
+        """See LinearSAE. Who is among the k largest stays so only where all latents are scaled alike: by the mean norm.
+
+        So decoder rows of transcoders and crosscoders, which are free in training, keep what their norms are to each other.
+        """
+        super().fold_norms(norm.mean().expand_as(norm) if float(norm.max()) > 1.0001 * float(norm.min()) else norm)
+
     def fire(self, x: Tensor, now: Moment) -> Fired:
         """The k largest, at no price: k sets the sparsity."""
         assert self.cfg.k is not None
