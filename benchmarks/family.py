@@ -3,8 +3,9 @@
 Both train on the very rows of one file, in its order, batch by batch: same token visits, learning rate, warm-up and decay,
 dead window and input scale. Both are then read by the same code (`SAE.load` reads SAELens' folders): L0 and explained
 variance on held-out rows, cross-entropy recovered through the model, and dead latents, those that fire on none of the
-rows trained on. Where a coefficient sets L0, it is searched: SAELens' until L0 is near the target, ours until it is near
-SAELens'. Every run is kept in FOLDER/runs, and none that is there is made again: after a change of our trainer, delete
+rows trained on. Where a coefficient sets L0, SAELens' is searched until L0 is near the target (under autocast, at half the
+time, until it is close); ours gets SAELens' L0 as its `target_l0`, put right once where held-out rows are further off than
+5 %. Every run is kept in FOLDER/runs, and none that is there is made again: after a change of our trainer, delete
 FOLDER/runs/monosem-*.
 
     python scripts/fetch_demo.py && python scripts/set_up_peers.py --only saelens
@@ -62,7 +63,7 @@ ANTHROPIC = {
 
 @dataclass(frozen=True)
 class Case:
-    """An architecture at an L0. `first` is the coefficient each side's search starts from; None where k sets the L0."""
+    """An architecture at an L0. `first` is the coefficient that SAELens' search starts from; empty where k sets the L0."""
 
     architecture: str
     l0: int
@@ -77,12 +78,12 @@ class Case:
 CASES = [
     Case("topk", 32, 3),
     Case("batchtopk", 32),
-    Case("standard", 32, 3, {"saelens": 6.2, "monosem": 1.8}),
+    Case("standard", 32, 3, {"saelens": 6.2}),
     Case("topk", 64),
     Case("batchtopk", 64),
-    Case("standard", 64, 1, {"saelens": 2.2, "monosem": 0.8}),
-    Case("jumprelu", 32, 1, {"saelens": 1.0, "monosem": 1.0}),
-    Case("jumprelu", 64, 1, {"saelens": 0.4, "monosem": 0.4}),
+    Case("standard", 64, 1, {"saelens": 2.2}),
+    Case("jumprelu", 32, 1, {"saelens": 1.0}),
+    Case("jumprelu", 64, 1, {"saelens": 0.4}),
 ]
 
 
@@ -120,8 +121,7 @@ def rows_of(folder: Path) -> Tensor:
 
 def train_ours(case: Case, seed: int, value: float, folder: Path, at: Path) -> dict[str, Any]:
     x = rows_of(folder)
-    strength = {"standard": "l1_coefficient", "jumprelu": "l0_coefficient"}
-    own = {strength[case.architecture]: value} if case.first else {"k": case.l0}
+    own = {"target_l0": value} if case.first else {"k": case.l0}
     config = TrainConfig(
         **COMMON, architecture=case.architecture, seed=seed, lr_warmup_fraction=WARM / STEPS, lr_decay_fraction=DECAY / STEPS,
         l1_warmup_fraction=WARM / STEPS, dead_window_tokens=WINDOW, device="cpu", **own,
@@ -272,6 +272,12 @@ def close(run: dict[str, Any], l0: float, to: float = CLOSE) -> bool:
     return abs(run["figures"]["l0"] / l0 - 1) <= to
 
 
+def next_target(known: list[dict[str, Any]], l0: float) -> float:
+    """Return the `target_l0` that should give `l0` on held-out rows: in proportion to what the nearest run gave."""
+    nearest = best(known, l0)
+    return float(f"{l0 if nearest is None else nearest['sparsity'] * l0 / nearest['figures']['l0']:.3g}")
+
+
 def next_value(known: list[dict[str, Any]], l0: float, first: float) -> float:
     """Return the coefficient that should give `l0`: on the line, in logarithms, through the two nearest runs; of one, at -1/2."""
     near = sorted(known, key=lambda run: abs(math.log(run["figures"]["l0"] / l0)))[:2]
@@ -299,7 +305,8 @@ def do_case(folder: Path, side: str, case: Case, seed: int, tries: int) -> None:
                     rough.append(roughly(folder, case, next_value(rough, target, case.first[side])))
                 run_one(folder, side, case, 0, (best(rough, target) or {"sparsity": case.first[side]})["sparsity"])
                 continue
-            run_one(folder, side, case, 0, next_value(known, target, case.first[side]))
+            value = next_target(known, target) if side == "monosem" else next_value(known, target, case.first[side])
+            run_one(folder, side, case, 0, value)
         chosen = best(runs_of(folder, side, case.architecture, 0), target)
         if chosen is None:
             return

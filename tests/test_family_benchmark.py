@@ -57,9 +57,14 @@ def test_a_search_goes_on_downhill_where_two_runs_say_nothing_of_the_slope(famil
     assert family.next_value([run(4.0, 64), run(5.0, 64)], 32, 1.0) > 5.0
 
 
+def test_our_target_is_put_right_in_proportion(family):
+    assert family.next_target([], 31.6) == 31.6
+    assert family.next_target([run(32.0, 40.0), run(64.0, 80.0)], 32) == pytest.approx(25.6)
+
+
 def test_a_run_that_is_there_is_not_made_again(family, tmp_path):
     put(tmp_path, "saelens", "jumprelu", 0.4, 0, l0=32)
-    case = family.Case("jumprelu", 32, 1, {"saelens": 1.0, "monosem": 1.0})
+    case = family.Case("jumprelu", 32, 1, {"saelens": 1.0})
     family.do_case(tmp_path, "saelens", case, seed=0, tries=3)  # without rows or SAELens, training would raise
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
@@ -68,7 +73,7 @@ def test_ours_is_paired_with_theirs_at_its_l0_and_not_at_the_target(family, tmp_
     put(tmp_path, "saelens", "standard", 9.0, 0, l0=40, ev=0.7)
     put(tmp_path, "monosem", "standard", 3.0, 0, l0=39, ev=0.8)
     put(tmp_path, "monosem", "standard", 4.0, 0, l0=32, ev=0.7)
-    found = family.compare(tmp_path, family.Case("standard", 32, 1, {"saelens": 1.0, "monosem": 1.0}))
+    found = family.compare(tmp_path, family.Case("standard", 32, 1, {"saelens": 1.0}))
     assert found["monosem"]["sparsity"] == 3.0
     assert found["matched"]
     assert found["explained_variance_ahead_by"] == pytest.approx(0.1)

@@ -6,14 +6,29 @@ import torch
 from torch import Tensor
 
 from sae.architectures.linear import LinearSAE
+from sae.config import TrainConfig
 from sae.ops import Rule, TopK
-from sae.sae import Fired, Moment
+from sae.sae import Fired, Moment, Site
+
+
+# Who fires does not depend on the encoder's scale, how fast its directions turn does: Adam's steps have one size. Measured on
+# a residual stream (500 steps, k 32 and 64): explained variance 0.010 higher at a quarter than at 1, no more at less; the
+# smaller, the more latents never fire.
+_ENCODER_SHARE = 0.25
 
 
 class TopKSAE(LinearSAE):
     """f = TopK(ReLU((x - b_dec) W_enc + b_enc)), x_hat = f W_dec + b_dec, decoder rows of norm 1 (Gao et al. 2024, 2.3)."""
 
     architecture: ClassVar[str] = "topk"
+
+    @classmethod
+    def initialise(cls, config: TrainConfig, site: Site, mean: Tensor) -> LinearSAE:
+        """As LinearSAE's, but for the encoder, whose columns start at `_ENCODER_SHARE` of the decoder rows' norm."""
+        sae = super().initialise(config, site, mean)
+        with torch.no_grad():
+            sae.W_enc.mul_(_ENCODER_SHARE)
+        return sae
 
     def rule(self) -> Rule:
         """The k largest of each row."""
