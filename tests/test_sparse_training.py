@@ -489,7 +489,7 @@ def test_auxk_reaches_the_encoder_columns_of_dead_latents(kernels):
     x = planted(1)[0]
     sae = ARCHITECTURES["topk"].initialise(c, Site((16,)), x.mean(0))
     with torch.no_grad():
-        sae.b_enc[:10] = -0.2  # these ten never are among the largest
+        sae.b_enc[:10] = -0.05  # these ten never are among the largest
         sae.W_enc[:, :10] *= 0.3
     dead = Dead(torch.arange(10).flip(0), torch.arange(10) != 9)  # latent 0 is looked at, but it is not dead
     adam = adam_of(sae, c)

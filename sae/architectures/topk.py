@@ -10,7 +10,6 @@ from sae.config import TrainConfig
 from sae.ops import Rule, TopK
 from sae.sae import Fired, Moment, Site
 
-
 # Who fires does not depend on the encoder's scale, how fast its directions turn does: Adam's steps have one size. Measured on
 # a residual stream (500 steps, k 32 and 64): explained variance 0.010 higher at a quarter than at 1, no more at less; the
 # smaller, the more latents never fire.
