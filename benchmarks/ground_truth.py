@@ -3,7 +3,8 @@
 The model is `SyntheticModel.preset("small")`: superposition, Zipf firing, hierarchy, correlation. Both sides train on the rows of
 one file in its order: same learning rate, warm-up, decay, batch, steps, input scale, dead window. Beyond that ours has its
 defaults; SAELens is run with those of its options that serve it best here, and once with its defaults. The learning rate is, of
-`RATES`, that at which SAELens' MCC is best. Where a coefficient sets L0, it is searched on either side until L0 is near k.
+`RATES`, that at which SAELens' MCC is best. Where a coefficient sets L0, SAELens' is searched until L0 is near k, and ours
+is given k as its `target_l0`, put right in proportion where that is not near.
 Both are read and scored by the same code, on rows that neither has seen. Every run is kept in FOLDER/runs, and none that
 is there is made again, but ours with --again.
 
@@ -34,9 +35,9 @@ HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "ground-truth-cpu.json"
 BATCH, STEPS, BATCHES, SEEDS = 1024, 3000, 500, 3  # rows are gone through STEPS / BATCHES times
 WARM, DECAY, WINDOW = STEPS // 20, STEPS // 5, 300
-RATES = (1e-3, 3e-3, 6e-3)
+RATES = (1e-3, 3e-3)
 WIDTHS = {512: 5, 128: 4}  # d_sae: k. As many latents as features, and a quarter of them as SynthSAEBench has it; k is their L0
-CLOSE, TRIES = 0.04, 6  # L0 may be so far from k, and be searched for so often
+CLOSE, TRIES = 0.05, 5  # L0 may be so far from k, and be searched for so often
 MODEL = SyntheticModel.preset("small", batch_size=BATCH)
 
 
@@ -93,7 +94,7 @@ def rows_of(folder: Path) -> torch.Tensor:
 
 def train_ours(case: Case, value: float | None, folder: Path, at: Path) -> dict[str, Any]:
     x = rows_of(folder)
-    own = {"k": case.k} if value is None else {case.kind.coefficient: value}
+    own = {"k": case.k} if value is None else {"target_l0": value}
     config = TrainConfig(
         architecture=case.architecture, d_sae=case.d_sae, lr=case.lr, steps=STEPS, batch_size=BATCH, seed=case.seed, device="cpu",
         lr_warmup_fraction=WARM / STEPS, lr_decay_fraction=DECAY / STEPS, l1_warmup_fraction=WARM / STEPS,
@@ -154,6 +155,14 @@ def near_k(side: str, case: Case, folder: Path, first: float | None = None) -> d
     """Score with the coefficient at which L0 is within CLOSE of k, or the nearest of TRIES: log L0 is near linear in its log."""
     if case.kind.coefficient is None:
         return score(side, case, None, folder)
+    if side == "monosem":
+        results, target = list[dict[str, Any]](), float(case.k)
+        for _ in range(2):
+            results.append(score(side, case, target, folder))
+            if abs(results[-1]["l0"] / case.k - 1) < CLOSE:
+                break
+            target *= case.k / max(results[-1]["l0"], 1e-3)
+        return min(results, key=lambda result: abs(result["l0"] / case.k - 1))
     value, found = first or case.kind.first, list[tuple[float, float, dict[str, Any]]]()
     for _ in range(TRIES):
         result = score(side, case, value, folder)

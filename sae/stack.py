@@ -25,7 +25,7 @@ from sae.dense_or_sparse import DenseOrSparse, Step
 from sae.health import Finite
 from sae.metrics import MetricsLog
 from sae.ops.kernels import Kernels
-from sae.sae import SAE, Site
+from sae.sae import SAE, SAEConfig, Site
 
 FREE = ("seed", "hook", "hook_out", "k", "lr", "l1_coefficient", "l0_coefficient", "target_l0")
 """The settings in which members of a stack may differ."""
@@ -91,16 +91,18 @@ def stack(saes: Sequence[SAE]) -> SAE:
     return whole
 
 
-def unstack(whole: SAE, saes: Sequence[SAE]) -> list[SAE]:
-    """Give `saes`, of which `whole` was stacked, the weights that it has now, and return them."""
-    if len(saes) == 1:
+@torch.no_grad()
+def unstack(whole: SAE, cfgs: Sequence[SAEConfig]) -> list[SAE]:
+    """Return the members of a stack, with weights of their own; `cfgs` are what they were before."""
+    if len(cfgs) == 1:
         return [whole]
+    saes = [type(whole)(cfg) for cfg in cfgs]
     for name, value in whole.state_dict().items():
         by_member = value.T.chunk(len(saes)) if name == "W_enc" else value.chunk(len(saes))
         for sae, part in zip(saes, by_member, strict=True):
             own = sae.state_dict()[name]
             own.copy_(part.T if name == "W_enc" else part.view_as(own))
-    return list(saes)
+    return saes
 
 
 class Stack:
@@ -113,8 +115,9 @@ class Stack:
         """Begin at step `start`, from what `state` gave then, or anew."""
         self.members, self.config, self.device = members, members[0].config, device
         configs, count = [member.config for member in members], len(members)
-        self.fresh = [member.fresh().to(device) for member in members]
-        self.sae = stack(self.fresh)
+        fresh = [member.fresh() for member in members]
+        self.cfgs, self.sae = [sae.cfg for sae in fresh], stack(fresh)
+        del fresh  # which may be as large as all that is trained
         tensors, facts = saved or ({}, {})
 
         def kept(kind: str) -> dict[str, Tensor]:
@@ -122,6 +125,7 @@ class Stack:
 
         if saved is not None:
             self.sae.load_state_dict(kept("weights."))
+        self.sae.to(device)
         rates = torch.tensor([config.lr / self.config.lr for config in configs], device=device)
         self.optimizer = Adam(
             dict(self.sae.named_parameters()), self.sae.encoders(), self.sae.decoders(), kernels,
@@ -221,22 +225,20 @@ class Stack:
 
     def finished(self) -> dict[str, SAE]:
         """Return the SAEs to use, by name, with scalings folded in."""
-        found = {}
-        with torch.no_grad():
-            saes = unstack(self.sae, self.fresh)
+        found, saes = {}, unstack(self.sae.cpu(), self.cfgs)
         for member, log, trained in zip(self.members, self.logs, saes, strict=True):
             sae, scales, site = trained.finished(), member.scales, member.site
             if len(scales) == 1:
                 sae.fold_scale(scales[0])
             else:
                 widths = (*site.widths, *site.widths_out)
-                columns = torch.cat([torch.full((w,), s) for w, s in zip(widths, scales, strict=True)]).to(self.device)
+                columns = torch.cat([torch.full((w,), s) for w, s in zip(widths, scales, strict=True)])
                 sae.fold_scale(columns[: site.d_in], columns[site.d_in :] if site.d_out else None)
             steps = self.config.steps
             training = {"steps": steps, "tokens": steps * self.config.batch_size,
                         "input_scale": scales[0] if len(scales) == 1 else list(scales), **log.last}  # fmt: skip
             sae.with_metadata(training=training, train_config=member.config.model_dump(mode="json"))
-            found[member.name] = sae.cpu().eval().requires_grad_(False)
+            found[member.name] = sae.eval().requires_grad_(False)
         return found
 
 

@@ -22,6 +22,8 @@ CPU, REFERENCE = kernels_for("cpu"), kernels_for("cpu", reference=True)
 STACKS = {
     "standard": [config(l1_coefficient=0.5), config(l1_coefficient=3.0, seed=1, lr=1e-3), config(l1_coefficient=1.0, seed=2)],
     "standard-target": [config(target_l0=3.0, steps=120), config(target_l0=6.0, seed=1, steps=120)],
+    "standard-bfloat16": [config(l1_coefficient=c, compute_dtype="bfloat16") for c in (0.5, 2.0)],
+    "topk-bfloat16": [config("topk", k=k, compute_dtype="bfloat16") for k in (2, 4)],
     "unit-norm": [config(sparsity_norm="unit_norm"), config(sparsity_norm="unit_norm", seed=5)],
     "no-shift": [config(apply_b_dec_to_input=False, seed=1), config(apply_b_dec_to_input=False, l1_coefficient=0.3)],
     # with a small p the penalty's slope at small latents makes more of a rounding error in each step
@@ -187,10 +189,7 @@ def test_unstacking_undoes_stacking():
     assert whole.W_enc.shape == (D, 2 * LATENTS)
     assert whole.b_dec.shape == (2, D)
     assert whole.W_enc.T.is_contiguous()
-    for sae in saes:
-        for value in sae.state_dict().values():
-            value.zero_()
-    for sae, wanted in zip(unstack(whole, saes), before, strict=True):
+    for sae, wanted in zip(unstack(whole, [sae.cfg for sae in saes]), before, strict=True):
         assert all(torch.equal(v, wanted[k]) for k, v in sae.state_dict().items())
 
 

@@ -405,9 +405,9 @@ class DenseTermOps(SparseOps):
             # where all the values count float8 is too coarse
             low = rows.weight.bfloat16() if isinstance(rows.low, Float8) else rows.low
             if self.members > 1:
-                weight = rows.weight if low is None else low
+                weight, biases = rows.weight if low is None else low, bias.view(self.members, 1, -1)
                 left, right = (t.view(self.members, -1, x.shape[1]) for t in (centred.to(weight.dtype), weight))
-                z = torch.baddbmm(bias.view(self.members, 1, -1).to(weight.dtype), left, right.mT).float()
+                z = torch.baddbmm(biases, left, right.mT) if low is None else torch.bmm(left, right.mT) + biases
             else:
                 z = torch.addmm(bias, centred, rows.weight.T) if low is None else product(centred, low) + bias
             f = DenseLatents(select(z, rule), low=rows.low is not None)
