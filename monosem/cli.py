@@ -277,6 +277,9 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:  # what was trained on, or how, not a fault of ours
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print(f"interrupted; to go on from here: {shlex.join(['monosem', *sys.argv[1:]])}", file=sys.stderr)
         sys.exit(130)

@@ -24,6 +24,7 @@ from monosem.run import Run, Stage
 from sae.architectures.identity import IdentitySAE
 from sae.evaluate import evaluate_many
 from sae.formats.saelens import save_latents
+from sae.intervene import steerable
 from sae.plots import density_plot, pareto_plot, training_plots
 from sae.readout import output_logits
 from sae.sae import HISTOGRAM_EDGES, SAE
@@ -205,6 +206,8 @@ def _explain(run: Run) -> dict[str, Any]:
 
 def _steering(run: Run, sae: SAE) -> list[dict[str, Any]]:
     """Return the report's steering samples, making those that are missing."""
+    if not steerable(sae):
+        return []
     path = run.explanations / "steering.jsonl"
     config = run.config.steer
     settings = config.model_dump(mode="json", exclude={"features"})

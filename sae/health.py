@@ -38,6 +38,11 @@ class Finite:
             return
         whose = ", ".join(name for name, fine in zip(self.names, self._fine.tolist(), strict=True) if name and not fine)
         loss = f"the loss of {whose}" if whose else "the loss"
+        if iter(batches) is batches:  # a generator: what it gave cannot be looked at again
+            raise FloatingPointError(
+                f"{loss} is not finite between step {self.checked + 1} and {step}; which row it comes from cannot be looked up, "
+                "for the batches cannot be read twice: give a list or a store's batches"
+            )
         kept = f"the checkpoint {checkpoint} is from before; " if checkpoint else ""
         found = _culprit(batches, self.checked, step)
         if found is None:
@@ -52,13 +57,20 @@ def _culprit(batches: Iterable[Any], begin: int, end: int) -> str | None:
     """Return where the first value that is not finite stands in batches `begin` to `end`, if there is one."""
     stream = batches.stream(begin) if hasattr(batches, "stream") else islice(batches, begin, None)
     for number, batch in zip(range(begin, end), stream, strict=False):
-        tensors: Sequence[Tensor] = (batch,) if isinstance(batch, Tensor) else batch
-        for tensor in tensors:
-            bad = (~tensor.isfinite()).nonzero()
-            if len(bad):
-                row, column = bad[0].tolist()
-                where = f", {batches.whereabouts(number, row)}" if hasattr(batches, "whereabouts") else ""
-                return f"step {number + 1}, row {row} of the batch has {float(tensor[row, column])} in column {column}{where}"
+        found = bad_row((batch,) if isinstance(batch, Tensor) else batch, batches, number)
+        if found is not None:
+            return found
+    return None
+
+
+def bad_row(tensors: Sequence[Tensor], batches: Iterable[Any], number: int) -> str | None:
+    """Return where the first value that is not finite stands in batch `number`, if there is one."""
+    for tensor in tensors:
+        bad = (~tensor.isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            where = f", {batches.whereabouts(number, row)}" if hasattr(batches, "whereabouts") else ""
+            return f"step {number + 1}, row {row} of the batch has {float(tensor[row, column])} in column {column}{where}"
     return None
 
 

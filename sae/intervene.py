@@ -76,6 +76,11 @@ def corpus_max(sae: SAE, latent: int) -> float:
     return top
 
 
+def steerable(sae: SAE) -> bool:
+    """Say whether latents are read where their directions are written: not so in transcoders, nor at one hook in crosscoders."""
+    return sae.cfg.d_out is None and not sae.cfg.hook_names
+
+
 def _targets(sae: SAE, edit: Edit) -> tuple[Strength, Literal["set", "scale", "add"]]:
     match edit:
         case Clamp(latent, None, times) if times is not None:
@@ -107,12 +112,15 @@ def intervene(
     hold special tokens (the ids in the SAE's metadata; BOS and padding are among them) stay as they are unless
     `special_tokens`: the SAE never saw them. Computed in float32 and cast back to the model's dtype.
 
-    Raises InputError for a latent or hook that does not exist, and RuntimeError if the model ran inside the block and
-    the hook was never passed.
+    Raises InputError for a latent or hook that does not exist and for a transcoder or crosscoder, and RuntimeError if the model
+    ran inside the block and the hook was never passed.
 
         with intervene(model, sae, [Clamp(123, times_max=5.0)]):
             model.generate(**inputs)
     """
+    if not steerable(sae):
+        raise InputError(f"{sae.cfg.architecture}: it reads {sae.cfg.hook_names or sae.cfg.hook_name} and writes elsewhere or to "
+                         "several hooks; steering takes an SAE, which reads and writes one")  # fmt: skip
     plan = [(edit.latent, *_targets(sae, edit)) for edit in edits]
     numbers = [latent for latent, _, _ in plan]
     for latent in numbers:

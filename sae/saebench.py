@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from activation_store.errors import InputError
 from sae.architectures.gated import GatedSAE
 from sae.architectures.linear import LinearSAE
+from sae.formats.content import SUFFIXES
 from sae.ops.latents import Above
 from sae.sae import SAE
 
@@ -128,7 +129,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", model_name: str
     """
     folder = Path(folder)
     found = []
-    for path in sorted({file.parent for file in [*folder.rglob("*.safetensors"), *folder.rglob("*.npz")]}):
+    for path in sorted({file.parent for file in folder.rglob("*") if file.suffix in SUFFIXES}):
         if {"checkpoints", "previous"} & set(path.relative_to(folder).parts):
             continue
         name = "_".join(path.relative_to(folder).parts) or folder.resolve().name

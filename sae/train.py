@@ -15,6 +15,7 @@ from activation_store.progress import Progress
 from activation_store.subject import pick_device
 from sae.checkpoints import Checkpoint, last_checkpoint, save_checkpoint
 from sae.config import TrainConfig
+from sae.health import bad_row
 from sae.ops import kernels_for
 from sae.ops.float8 import in_hardware
 from sae.sae import SAE, Site
@@ -95,6 +96,9 @@ def train_sweep(
     start = saved.step if saved else 0
     stream = _stream(batches, start, config.steps)
     first = _tensors(next(stream))
+    found = bad_row(first, batches, start) if mean is None or mean_norm is None else None
+    if found is not None:  # it would spoil the scale; later ones are found in the loss
+        raise FloatingPointError(f"the activations are not finite: {found}")
     means, norms = _moments(first, mean, mean_norm, drawn=saved is None)
     members = _members(first, configs, means, norms, saved.scales if saved else None)
     stacks = [

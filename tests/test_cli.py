@@ -208,6 +208,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_config, tmp_path, capsys, mo
     assert not (tmp_path / "tiny/activations").exists()  # nothing was begun
 
 
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_2(tiny_config, tmp_path, capsys, monkeypatch):
+    runs = f"runs_dir={tmp_path}"
+    assert monosem_cli(capsys, monkeypatch, "harvest", tiny_config, runs)[0] == 0
+    code, _, err = monosem_cli(capsys, monkeypatch, "train", tiny_config, runs, "train.lr=1e30", "train.max_grad_norm=1e30")
+    assert code == 2
+    assert err.startswith("error: the loss is not finite")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags", [[], ["--clamp", "5x", "--ablate"], ["--clamp", "lots"]])
 def test_steer_refuses_unclear_edits(finished, capsys, monkeypatch, flags):
     code, _, err = monosem_cli(capsys, monkeypatch, "steer", finished, "--feature", 1, "--prompt", "a", *flags)

@@ -597,3 +597,12 @@ def test_peers_load_what_we_save(tmp_path, peer, format):
             sae.save(folders[-1], format=format)
     assert len(folders) >= 8
     peers_can_read(peer, folders, inputs())
+
+
+def test_a_training_checkpoint_of_saelens_is_refused_by_its_scaler(tmp_path):
+    folder = edited(tmp_path, "saelens/standard")
+    (folder / "activation_scaler.json").write_text('{"scaling_factor": null}')
+    SAE.load(folder)  # it was trained without a scale
+    (folder / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
+    with pytest.raises(InputError, match=r"activation_scaler.json: a training checkpoint of SAELens, whose input scale is not"):
+        SAE.load(folder)

@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from activation_store.errors import InputError
 from activation_store.hooks import capture, locate_hooks
-from sae import LatentStatistics
+from sae import LatentStatistics, TrainConfig, train
 from sae.architectures.standard import StandardSAE
-from sae.intervene import Ablate, Add, Clamp, Scale, intervene
+from sae.intervene import Ablate, Add, Clamp, Scale, intervene, steerable
 from sae.sae import SAEConfig
 from sae.steer import steer
 
@@ -245,3 +245,13 @@ def test_steer_gives_baseline_and_steered_text(tiny):
     text = steer(model, tokenizer, sae, [Add(4, 200.0)], "the cat", 6)
     assert text.baseline != text.steered
     assert steer(model, tokenizer, sae, [Scale(4, 1.0)], "the cat", 6).steered == text.baseline
+
+
+def test_what_writes_elsewhere_than_it_reads_is_refused():
+    batches = [(torch.randn(32, 6), torch.randn(32, 6)) for _ in range(2)]
+    kinds = ({"hook": "a", "hook_out": "b"}, "it reads a and writes elsewhere"), ({"hook": ("a", "b")}, r"it reads \('a', 'b'\)")
+    for own, said in kinds:
+        sae = train(batches, TrainConfig(d_sae=8, steps=2, **own))
+        assert not steerable(sae)
+        with pytest.raises(InputError, match=said), intervene(torch.nn.Linear(1, 1), sae, [Ablate(0)]):
+            pass

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from activation_store.errors import InputError
-from sae import SAE, LatentStatistics, SAEConfig, TrainConfig
+from sae import SAE, LatentStatistics, SAEConfig, TrainConfig, train
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.standard import StandardSAE
 
@@ -132,3 +132,16 @@ def test_sae_imports_without_the_heavy_packages():
 def test_unknown_train_key_is_refused():
     with pytest.raises(ValueError, match="l1_coeficient"):
         TrainConfig(d_sae=4, steps=1, l1_coeficient=3)
+
+
+@pytest.mark.parametrize("kind", ["standard", "topk", "gated"])
+def test_an_sae_in_bfloat16_takes_float32_rows(kind, tmp_path):
+    own = {"k": 4} if kind == "topk" else {"l1_coefficient": 0.1}
+    batches = [torch.randn(64, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    train(batches, TrainConfig(architecture=kind, d_sae=32, steps=20, lr=1e-3, **own)).save(tmp_path / "sae")
+    whole, half = SAE.load(tmp_path / "sae"), SAE.load(tmp_path / "sae", dtype="bfloat16")
+    x = batches[0]
+    assert half.W_enc.dtype == torch.bfloat16
+    for found, wanted in ((half.encode(x), whole.encode(x)), (half(x), whole(x)), (half.reconstruct_sparse(x)[1], whole(x))):
+        assert float((found.float() - wanted).norm() / wanted.norm()) < 0.1
+    assert torch.equal(half.encode_sparse(x).dense(), half.encode(x).float())

@@ -172,3 +172,9 @@ def test_saebench_itself_evaluates_a_folder(sweep):
     assert found["sae_cfg_dict"]["hook_name"] == HOOK
     assert len(json.loads((sweep / "wide_sae.json").read_text())["eval_result_details"]) == 40
     assert isinstance(SAE.load(sweep / "narrow"), TopKSAE)
+
+
+def test_formats_of_torch_files_are_found():
+    golden = Path(__file__).parent / "golden" / "dictionary_learning"
+    folder = next(file.parent for file in sorted(golden.rglob("*.pt")))
+    assert len(load(folder)) == 1

@@ -229,3 +229,21 @@ def test_settings_that_mean_nothing_are_said(caplog):
     assert TrainConfig(d_sae=8, steps=1, l1_coefficient=3.0).ignored() == []
     with pytest.raises(ValueError, match="less than 1"):
         TrainConfig(d_sae=8, steps=1, adam_betas=(0.9, 1.5))
+
+
+def test_a_first_batch_that_is_not_finite_is_named_by_row():
+    batch = torch.randn(8, 4)
+    batch[3, 1] = float("inf")
+    with pytest.raises(FloatingPointError, match=r"activations are not finite: step 1, row 3 of the batch has inf in column 1"):
+        train([batch], TrainConfig(d_sae=8, steps=2))
+
+
+def test_of_a_generator_no_row_is_named_and_none_cleared():
+    def batches():
+        for number in range(100):
+            x = torch.randn(16, 4)
+            x[2, 2] = float("nan") if number == 7 else 0.0
+            yield x
+
+    with pytest.raises(FloatingPointError, match="cannot be looked up, for the batches cannot be read twice"):
+        train(batches(), TrainConfig(d_sae=8, steps=50, log_every=5))

@@ -41,7 +41,7 @@ class GatedSAE(LinearSAE):
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseLatents:
         """Return the latents that fire on x (batch, d_in), without a (batch, d_sae) matrix ever being whole."""
-        if self.W_enc.dtype != torch.float32 or x.dtype != torch.float32:
+        if self.W_enc.dtype != torch.float32:
             return of_dense(self.encode(x), kernels_for(x.device.type))
         return self.as_jumprelu().encode_sparse(x)
 

@@ -47,7 +47,8 @@ class LinearSAE(SAE):
         return select(z.reshape(-1, z.shape[-1]), self.rule()).view_as(z)
 
     def _input(self, x: Tensor) -> Tensor:
-        """Return what the encoder's product is taken of."""
+        """Return what the encoder's product is taken of, in the weights' dtype."""
+        x = x.to(self.W_enc.dtype)
         if self.cfg.normalize_activations == "layer_norm":
             mean, deviation = _row_moments(x)
             x = (x - mean) / (deviation + 1e-5)
@@ -59,6 +60,7 @@ class LinearSAE(SAE):
 
     def complete(self, x_hat: Tensor, x: Tensor) -> Tensor:
         """See SAE."""
+        x = x.to(x_hat.dtype)
         if self.cfg.skip:
             x_hat = x_hat + x @ self.W_skip.T
         if self.cfg.normalize_activations == "layer_norm":
@@ -70,7 +72,7 @@ class LinearSAE(SAE):
     def encode_sparse(self, x: Tensor) -> SparseLatents:
         """Return the latents that fire on x (batch, d_in), without a (batch, d_sae) matrix ever being whole."""
         rule, kernels, screen = self.rule(), kernels_for(x.device.type), None
-        if self.W_enc.dtype != torch.float32 or x.dtype != torch.float32:
+        if self.W_enc.dtype != torch.float32:
             return of_dense(self.encode(x), kernels)
         x = self._input(x)
         weight, bias = self.W_enc.T.detach(), self.b_enc.detach()

@@ -128,8 +128,8 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
         except RuntimeError:  # the old, unzipped kind cannot be mapped
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what unpickling may not do is said in many ways
-        raise InputError(f"{path}: not a torch file of tensors and plain values; nothing else is unpickled ({first_line(error)})"
-                         ) from error  # fmt: skip
+        why = first_line(error).partition("Re-running")[0].strip()  # torch goes on with how to unpickle it all the same
+        raise InputError(f"{path}: not a torch file of tensors and plain values; nothing else is unpickled ({why})") from error
     if not isinstance(loaded, Mapping):
         raise InputError(f"{path}: holds a {type(loaded).__name__}; an SAE is a dictionary of tensors")
     return {str(name): value for name, value in loaded.items()}

@@ -19,7 +19,7 @@ from sae.formats.content import Container, Content
 from sae.formats.weights import Loaded, is_transcoder, nonnegative, number, weights_of, with_b_dec_applied
 from sae.sae import SAE, SAEConfig
 
-_CONFIG, _WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_CONFIG, _WEIGHTS, _SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 # SAELens takes a folder without a version for a pre-6 one, reads its config flat, and loses all of `metadata`.
 _FORMAT = "6.0.0"
 # expected_average_only_in is folded into the weights of every exported SAE, so at inference it changes nothing.
@@ -56,6 +56,10 @@ class SAELensFormat:
             raise InputError(f"{where}: no cfg.json with d_in and d_sae lies beside {found.path.name}; a SAELens folder has one")
         if not isinstance(config.get("metadata"), dict):
             config = _nested(config, where)
+        scaler = where / _SCALER  # of a training checkpoint, whose weights are still to be multiplied by it
+        if scaler.exists() and json.loads(scaler.read_text()).get("scaling_factor") is not None:
+            raise InputError(f"{scaler}: a training checkpoint of SAELens, whose input scale is not folded into its weights; "
+                             "give the folder that save_inference_model wrote")  # fmt: skip
         metadata = dict(config["metadata"])
         architecture, transcoder, skip = _parse(str(config.get("architecture")))
         layer_norm = config.get("normalize_activations") == "layer_norm"
