@@ -16,6 +16,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "p_end": ("p_anneal",), "p_start_fraction": ("p_anneal",), "prefixes": ("matryoshka",), "random_prefixes": ("matryoshka",),
     "l0_penalty": ("jumprelu",), "l0_coefficient": ("jumprelu",), "bandwidth": ("jumprelu",), "threshold_init": ("jumprelu",),
     "tanh_scale": ("jumprelu",), "pre_act_coefficient": ("jumprelu",), "threshold_lr": ("batchtopk", "matryoshka"),
+    "decoder_rows": FIRES_K,
 }  # fmt: skip
 """The settings that some architectures alone have."""
 
@@ -34,6 +35,8 @@ class TrainConfig(Section):
     ("jumprelu"); with `target_l0`, it starts at a fifth of that, and a controller moves it until so many latents fire.
     `sparsity_norm`: "decoder_norm" is l1_coefficient * sum_i f_i ||W_dec,i|| (April 2024), "unit_norm" is l1_coefficient *
     sum_i f_i with decoder rows held at norm 1 (Bricken et al. 2023). "gated" always has the latter (Rajamanoharan et al. 2024).
+    `decoder_rows` "free" lets the rows of "topk", "batchtopk" and "matryoshka" have any norm, from `decoder_init_norm` on; by
+    default theirs are "unit" (Gao et al. 2024).
     "p_anneal" takes f^p, p falling from 1 to `p_end`, from `p_start_fraction` of the steps on (Karvonen et al. 2024).
     "jumprelu" has `l0_penalty` "tanh" (Anthropic, January 2025), "step" or "quadratic" (Rajamanoharan et al. 2024; the latter
     l0_coefficient * (L0 / target_l0 - 1)^2), thresholds that start at `threshold_init`, and gradients to them through a
@@ -62,6 +65,7 @@ class TrainConfig(Section):
     l1_coefficient: float = Field(default=5.0, ge=0)
     l0_coefficient: float = Field(default=1.0, ge=0)
     sparsity_norm: Literal["decoder_norm", "unit_norm"] = "decoder_norm"
+    decoder_rows: Literal["unit", "free"] = "unit"
     p_end: float = Field(default=0.2, gt=0, le=1)
     p_start_fraction: float = Field(default=0.2, ge=0, lt=1)
     l0_penalty: Literal["tanh", "step", "quadratic"] = "tanh"
@@ -177,7 +181,7 @@ class TrainConfig(Section):
     @property
     def unit_norm_decoder(self) -> bool:
         """Whether decoder rows are held at norm 1: never in transcoders, whose decoder starts at zero."""
-        always = self.architecture in (*FIRES_K, "gated")
+        always = self.architecture == "gated" or (self.architecture in FIRES_K and self.decoder_rows == "unit")
         return not self.hooks_out and (always or self.sparsity_norm == "unit_norm")
 
     @property

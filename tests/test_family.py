@@ -66,6 +66,8 @@ KINDS = {
     "matryoshka": {"architecture": "matryoshka", "prefixes": (8, 24, 48)},
     "matryoshka-random": {"architecture": "matryoshka", "random_prefixes": 4},
     "transcoder": {"architecture": "standard", "hook": "a", "hook_out": "b"},
+    "topk-free": {"architecture": "topk", "decoder_rows": "free"},
+    "batchtopk-free": {"architecture": "batchtopk", "decoder_rows": "free"},
     "skip": {"architecture": "topk", "hook": "a", "hook_out": "b", "skip_connection": True},
     "skip-jumprelu": {"architecture": "jumprelu", "hook": "a", "hook_out": "b", "skip_connection": True, "bandwidth": 0.4},
     "crosscoder": {"architecture": "standard", "hook": ("a", "b")},
@@ -195,7 +197,8 @@ def test_a_training_that_is_stopped_ends_in_the_same_bits(kind, tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    ["gated", "jumprelu-tanh", "matryoshka", "skip", "skip-jumprelu", "crosscoder", "crosscoder-topk", "clt", "clt-topk"],
+    ["gated", "jumprelu-tanh", "matryoshka", "topk-free", "batchtopk-free", "skip", "skip-jumprelu", "crosscoder",
+     "crosscoder-topk", "clt", "clt-topk"],
 )
 def test_folding_keeps_predictions_and_who_fires(kind):
     c = config(**KINDS[kind])

@@ -30,6 +30,7 @@ STACKS = {
     "p_anneal": [config("p_anneal", p_start_fraction=0.0, p_end=0.8, l1_coefficient=c) for c in (1.0, 0.3)],
     "gated": [config("gated"), config("gated", seed=3, l1_coefficient=0.4)],
     "topk": [config("topk", k=2), config("topk", k=5, seed=1), config("topk", k=3, lr=1e-3)],
+    "topk-free": [config("topk", k=k, seed=k, decoder_rows="free") for k in (2, 4)],
     "topk-auxk": [config("topk", k=k, seed=k, dead_window_tokens=300, auxk_coefficient=0.5) for k in (1, 2)],
     "batchtopk": [config("batchtopk", k=2), config("batchtopk", k=5, seed=1)],
     "matryoshka": [config("matryoshka", prefixes=(8, 24, 48), k=k, seed=k) for k in (2, 4)],

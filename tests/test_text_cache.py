@@ -133,7 +133,7 @@ def test_files_of_one_name_in_two_folders_are_told_apart(tmp_path: Path, reads: 
         {"context": 9}, {"tokens": 400}, {"held_out": 0.4}, {"prepend_bos": False}, {"seed": 1}, {"shuffle_buffer": 9},
         {"column": "body"}, {"txt_unit": "line"}, {"tokenizer": FastLetters()},
     ],
-    ids=str,
+    ids=lambda change: "-".join(change),  # the same in every process
 )  # fmt: skip
 def test_whatever_decides_the_rows_makes_other_rows(source: Path, reads: list[str], change: dict[str, Any]) -> None:
     source.write_text("".join(json.dumps({"text": text, "body": text[::-1]}) + "\n" for text in many()))

@@ -23,10 +23,11 @@ class TopKSAE(LinearSAE):
 
     @classmethod
     def initialise(cls, config: TrainConfig, site: Site, mean: Tensor) -> LinearSAE:
-        """As LinearSAE's, but for the encoder, whose columns start at `_ENCODER_SHARE` of the decoder rows' norm."""
+        """As LinearSAE's, but beside decoder rows of norm 1 the encoder's columns start at `_ENCODER_SHARE` of that."""
         sae = super().initialise(config, site, mean)
-        with torch.no_grad():
-            sae.W_enc.mul_(_ENCODER_SHARE)
+        if config.unit_norm_decoder:
+            with torch.no_grad():
+                sae.W_enc.mul_(_ENCODER_SHARE)
         return sae
 
     def rule(self) -> Rule:
@@ -41,7 +42,8 @@ class TopKSAE(LinearSAE):
     def fold_norms(self, norm: Tensor) -> None:
         """See LinearSAE. Who is among the k largest stays so only where all latents are scaled alike: by the mean norm.
 
-        So decoder rows of transcoders and crosscoders, which are free in training, keep what their norms are to each other.
+        So decoder rows that are free in training, as those of transcoders and crosscoders, keep what their norms are to each
+        other.
         """
         super().fold_norms(norm.mean().expand_as(norm) if float(norm.max()) > 1.0001 * float(norm.min()) else norm)
 
