@@ -1,8 +1,8 @@
 """How much of a synthetic model's known features SAEs find, ours and SAELens', from the very same rows.
 
 The model is `SyntheticModel.preset("small")`: superposition, Zipf firing, hierarchy, correlation. Both sides train on the rows of
-one file in its order: same learning rate, warm-up, decay, batch, steps, input scale, dead window. Beyond that ours has its
-defaults; SAELens is run with those of its options that serve it best here, and once with its defaults. The learning rate is, of
+one file in its order: same learning rate, warm-up, decay, batch, steps, input scale, dead window. Beyond that each is run with
+those of its options that serve it best here, SAELens once with its defaults too. The learning rate is, of
 `RATES`, that at which SAELens' MCC is best. Where a coefficient sets L0, SAELens' is searched until L0 is near k, and ours
 is given k as its `target_l0`, put right in proportion where that is not near.
 Both are read and scored by the same code, on rows that neither has seen. Every run is kept in FOLDER/runs, and none that
@@ -33,10 +33,10 @@ from sae.synthetic import PRESETS, SyntheticModel
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "ground-truth-cpu.json"
-BATCH, STEPS, BATCHES, SEEDS = 1024, 3000, 500, 3  # rows are gone through STEPS / BATCHES times
+BATCH, STEPS, BATCHES, SEEDS = 1024, 3000, 500, 2  # rows are gone through STEPS / BATCHES times
 WARM, DECAY, WINDOW = STEPS // 20, STEPS // 5, 300
 RATES = (1e-3, 3e-3)
-WIDTHS = {512: 5, 128: 4}  # d_sae: k. As many latents as features, and a quarter of them as SynthSAEBench has it; k is their L0
+WIDTHS = {512: 5}  # d_sae: k. As many latents as features; k is their L0
 CLOSE, TRIES = 0.05, 5  # L0 may be so far from k, and be searched for so often
 MODEL = SyntheticModel.preset("small", batch_size=BATCH)
 
@@ -55,13 +55,16 @@ class Kind:
     first: float = 1.0
 
 
+# The model's features are all above 0, and its mean is made of them: a b_dec that begins there takes the most frequent ones away
+NOT_CENTRED = {"center_inputs": False}
+FREE = {**NOT_CENTRED, "decoder_rows": "free"}
 RESCALED = {"rescale_acts_by_decoder_norm": True}
 NOT_RESCALED = {"rescale_acts_by_decoder_norm": False}
 KINDS = {
-    "standard": Kind({}, {"l1_warm_up_steps": WARM, "compile_sae": False}, None, "l1_coefficient", 2.0),
-    "topk": Kind({}, {**NOT_RESCALED, "use_sparse_activations": False}, {**RESCALED, "use_sparse_activations": False}),
-    "batchtopk": Kind({}, NOT_RESCALED, RESCALED),
-    "jumprelu": Kind({}, {"l0_warm_up_steps": WARM}, None, "l0_coefficient", 1.0),
+    "standard": Kind(NOT_CENTRED, {"l1_warm_up_steps": WARM, "compile_sae": False}, None, "l1_coefficient", 2.0),
+    "topk": Kind(FREE, {**NOT_RESCALED, "use_sparse_activations": False}, {**RESCALED, "use_sparse_activations": False}),
+    "batchtopk": Kind(FREE, NOT_RESCALED, RESCALED),
+    "jumprelu": Kind(NOT_CENTRED, {"l0_warm_up_steps": WARM}, None, "l0_coefficient", 1.0),
 }
 
 
