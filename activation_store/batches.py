@@ -86,9 +86,10 @@ class Batches:
 
     def row_numbers(self) -> Iterator[Ints]:
         """Yield the store rows of each batch, from batch `start` on, without reading any activation."""
-        return self._row_numbers(self.start, self.epochs)
+        return self.numbers(self.start, self.epochs)
 
-    def _row_numbers(self, start: int, epochs: int | None) -> Iterator[Ints]:
+    def numbers(self, start: int, epochs: int | None) -> Iterator[Ints]:
+        """Yield the store rows of batches `start`, `start` + 1, ... of so many epochs, None for no end."""
         held = np.empty(0, np.int64)
         for order, draw, skip in draws_from(self.kept, self.layout, self.seed, start * self.batch_size, epochs):
             held = np.concatenate([held, order.draw(draw)[0][skip:]])
@@ -100,7 +101,7 @@ class Batches:
 
     def whereabouts(self, batch: int, row: int) -> str:
         """Say where a row of a batch stands in the source."""
-        number = int(next(self._row_numbers(batch, None))[row])
+        number = int(next(self.numbers(batch, None))[row])
         place = f"row {number} of {getattr(self.source, 'path', 'the stream')}"
         shard_rows = getattr(self.source, "shard_rows", None)
         return place if shard_rows is None else f"{place}, in shard {number // shard_rows}"
@@ -109,7 +110,7 @@ class Batches:
         """Measure how well up to `batches` batches, evenly spread over the first epoch, are mixed, beside an ideal shuffle."""
         whole = max(1, self.rows // self.batch_size)
         chosen = np.unique(np.linspace(0, whole - 1, batches).astype(np.int64)).tolist()
-        ours = [next(self._row_numbers(number, 1)) for number in chosen]
+        ours = [next(self.numbers(number, 1)) for number in chosen]
         chance = np.random.Generator(np.random.PCG64(0))
         low = int(self.source.block_start(np.array([self.kept.first_block]))[0])
         ideal = []
