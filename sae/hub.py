@@ -32,9 +32,12 @@ _FACTS = {  # of the config and the metadata, as the card calls them
 }  # fmt: skip
 _FIGURES = {
     "l0": "L0, latents a token", "explained_variance": "explained variance", "mse": "squared error, summed over d_in",
+    "cosine": "cosine of reconstruction and activation", "relative_reconstruction_bias": "relative reconstruction bias",
     "ce_clean": "cross-entropy of the model, nats a token", "ce_spliced": "the same, activations replaced by reconstructions",
     "ce_ablated": "the same, activations replaced by zero", "ce_recovered": "cross-entropy recovered",
+    "kl": "KL divergence of the model with reconstructions from the model, nats a token",
     "dead_fraction": "latents that never fired", "tokens": "held-out tokens",
+    "held_out_hash": "hash of the held-out set",
 }  # fmt: skip
 
 

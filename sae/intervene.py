@@ -78,7 +78,8 @@ def corpus_max(sae: SAE, latent: int) -> float:
 
 def steerable(sae: SAE) -> bool:
     """Say whether latents are read where their directions are written: not so in transcoders, nor at one hook in crosscoders."""
-    return sae.cfg.d_out is None and not sae.cfg.hook_names
+    cfg = sae.cfg
+    return cfg.d_out is None and cfg.hook_name_out in (None, cfg.hook_name) and not cfg.hook_names
 
 
 def _targets(sae: SAE, edit: Edit) -> tuple[Strength, Literal["set", "scale", "add"]]:
@@ -146,7 +147,7 @@ def intervene(
     def act(x: Tensor) -> Tensor:
         state.passes += 1
         wide = x.float()
-        f = sae.encode(wide)[..., numbers] if any(kind != "add" for _, _, kind in plan) else None
+        f = sae.encode(wide)[..., numbers].float() if any(kind != "add" for _, _, kind in plan) else None
         deltas = []
         for i, (latent, _, kind) in enumerate(plan):
             s = strengths[i]

@@ -190,7 +190,7 @@ class SAE(nn.Module):
 
     def decode_sparse(self, f: SparseLatents) -> Tensor:
         """Return reconstructions (batch, d_in) of what `encode_sparse` gave."""
-        return self.decode(f.dense())
+        return self.decode(f.dense().to(self.b_dec.dtype))
 
     def reconstruct_sparse(self, x: Tensor) -> tuple[SparseLatents, Tensor]:
         """Return the latents of x (batch, d_in) and its reconstruction: what `encode` and `forward` give."""

@@ -9,6 +9,7 @@ context_size, dtype, architecture, what SAELens' activation store looks up, and 
 """
 
 import copy
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from activation_store.errors import InputError
 from sae.architectures.gated import GatedSAE
 from sae.architectures.linear import LinearSAE
+from sae.formats import holds_sae
 from sae.formats.content import SUFFIXES
 from sae.ops.latents import Above
 from sae.sae import SAE
+
+log = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 
@@ -125,12 +129,16 @@ class BenchSAE(nn.Module):
 def load(folder: str | Path, device: str | torch.device = "cpu", model_name: str | None = None) -> list[tuple[str, BenchSAE]]:
     """Return [(name, SAE)] of an SAE's folder, of a run, or of everything below a folder; names are paths below it.
 
-    Raises InputError where there is none, and naming the folder where one is of no use to SAEBench.
+    Folders whose files of tensors are no SAE's, such as an optimiser's state, are passed over and logged. Raises InputError where
+    there is no SAE, and naming the folder where one is of no use to SAEBench.
     """
     folder = Path(folder)
     found = []
     for path in sorted({file.parent for file in folder.rglob("*") if file.suffix in SUFFIXES}):
         if {"checkpoints", "previous"} & set(path.relative_to(folder).parts):
+            continue
+        if not holds_sae(path):
+            log.warning("%s: passed over; its files of tensors are no SAE's", path)
             continue
         name = "_".join(path.relative_to(folder).parts) or folder.resolve().name
         try:

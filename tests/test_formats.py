@@ -37,7 +37,7 @@ def inputs() -> torch.Tensor:
 
 def made(seed=0, d_in=6, d_sae=10, architecture="standard", dtype="float32", **options) -> SAE:
     """An SAE whose weights, and whose latents of such inputs, are whole numbers over 4: no product or sum of them is rounded."""
-    k = 3 if architecture == "topk" else None
+    k = min(3, d_sae) if architecture == "topk" else None
     cfg = SAEConfig(architecture, d_in, d_sae, "blocks.2.hook_resid_post", dtype, k=k, **options)
     sae, generator = ARCHITECTURES[architecture](cfg), torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -161,6 +161,7 @@ def test_a_round_trip_changes_nothing(tmp_path, sae, format):
     assert (back.cfg.hook_name, back.cfg.hook_name_out) == (sae.cfg.hook_name, sae.cfg.hook_name_out)
     assert back.cfg.metadata["l0"] == 3.5
     assert back.cfg.k == sae.cfg.k
+    assert back.cfg.d_out == sae.cfg.d_out or format == "saelens"  # where a hook that is predicted makes a transcoder
     if format == "saelens" and not (sae.cfg.skip or sae.cfg.d_out):
         assert replace(back.cfg, metadata={}) == replace(sae.cfg, metadata={})
         assert all(torch.equal(value, back.state_dict()[name]) for name, value in sae.state_dict().items())
@@ -219,6 +220,20 @@ def test_dictionary_learning_brings_an_autoencoders_decoder_to_norm_1_as_its_loa
     torch.testing.assert_close(back.encode(x), sae.encode(x) * sae.W_dec.norm(dim=1))
     torch.testing.assert_close(back(x), sae(x))
     assert back.latents is None  # they are of latents of another scale
+
+
+@pytest.mark.parametrize("format", ["circuit_tracer", "gemma_scope_2", "sparsify", "dictionary_learning"])
+def test_an_sae_stays_an_sae_in_formats_of_transcoders(tmp_path, format):
+    kind = "topk" if format == "sparsify" else "jumprelu"
+    for transcoder in (False, True):
+        own = {"d_out": 6, "hook_name_out": "blocks.2.hook_mlp_out"} if transcoder else {}
+        sae, folder = made(architecture=kind, apply_b_dec_to_input=False, **own), tmp_path / str(transcoder)
+        sae.save(folder, format=format)
+        assert SAE.load(folder).cfg.d_out == sae.cfg.d_out
+        facts = json.loads((folder / "monosem.json").read_text())
+        del facts["d_out"]  # as it was written before
+        (folder / "monosem.json").write_text(json.dumps(facts))
+        assert SAE.load(folder).cfg.d_out == sae.cfg.d_out
 
 
 def test_batchtopk_goes_back_to_dictionary_learning_as_what_it_was(tmp_path):
@@ -317,8 +332,13 @@ def test_nothing_is_unpickled(tmp_path):
     (tmp_path / "bare.pt").write_bytes(pickle.dumps({"trap": trap}, protocol=2))
     np.savez(tmp_path / "objects.npz", W_enc=np.array([trap], dtype=object))
     for name in ("zip.pt", "old.pt", "bare.pt", "objects.npz"):
-        with pytest.raises(InputError, match=name):
+        with pytest.raises(InputError, match=name) as refused:
             SAE.load(tmp_path / name)
+        assert "weights_only" not in str(refused.value)  # torch says how to unpickle it all the same
+        assert name == "objects.npz" or str(refused.value).endswith("nothing else is unpickled (it asks for posix.mkdir)")
+    torch.save({**state, "number": np.float64(1)}, tmp_path / "number.pt")
+    with pytest.raises(InputError, match=r"\(it asks for numpy\S+scalar\)$"):
+        SAE.load(tmp_path / "number.pt")
     assert not (tmp_path / "ran").exists()
 
 
@@ -358,6 +378,8 @@ def edited(tmp_path: Path, case: str, name: str = "cfg.json", **change: object) 
         ("saelens/standard", "cfg.json", {"architecture": "matching_pursuit"}, "matching_pursuit'; known: standard"),
         ("saelens/standard", "cfg.json", {"dtype": "int8"}, "dtype 'int8'; allowed: float32"),
         ("saelens/standard", "cfg.json", {"d_sae": 63}, "do not fit the config"),
+        ("saelens/topk", "cfg.json", {"k": 65}, "k is 65; there are 64 latents"),
+        ("sparsify/layers.9", "cfg.json", {"k": 65}, "k is 65; there are 64 latents"),
         ("saelens/flat_topk", "cfg.json", {"activation_fn_str": "tanh-relu"}, "tanh-relu"),
         ("saelens/flat_topk", "cfg.json", {"activation_fn_kwargs": None}, "k is None"),
         ("sparsify/layers.9", "cfg.json", {"activation": "groupmax"}, "groupmax"),
@@ -402,6 +424,21 @@ def test_files_that_are_more_than_one_sae_or_not_what_we_compute_are_refused(tmp
     (folder / "cfg.json").write_text("{torn")
     with pytest.raises(InputError, match=r"cfg.json: not readable JSON"):
         SAE.load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, value):
+    folder = edited(tmp_path, "saelens/standard")
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"][3, :2] = value
+    save_file(weights, folder / "sae_weights.safetensors")
+    with pytest.raises(InputError, match=r"standard: W_dec has 2 values that are infinite or NaN; get the file again"):
+        SAE.load(folder)
+    weights["W_dec"][3, :2] = 1e6  # which float16 does not hold
+    save_file(weights, folder / "sae_weights.safetensors")
+    assert SAE.load(folder).W_dec.max() == 1e6
+    with pytest.raises(InputError, match=r"W_dec has 2 values .* float16 does not reach so far: load it as float32"):
+        SAE.load(folder, dtype="float16")
 
 
 def test_old_saelens_configs_come_back_as_version_6(tmp_path):
@@ -605,4 +642,12 @@ def test_a_training_checkpoint_of_saelens_is_refused_by_its_scaler(tmp_path):
     SAE.load(folder)  # it was trained without a scale
     (folder / "activation_scaler.json").write_text('{"scaling_factor": 0.25}')
     with pytest.raises(InputError, match=r"activation_scaler.json: a training checkpoint of SAELens, whose input scale is not"):
+        SAE.load(folder)
+    (folder / "activation_scaler.json").write_text('{"scaling_factor": null, "has_whitening": false}')
+    SAE.load(folder)
+    (folder / "activation_scaler.json").write_text('{"scaling_factor": null, "has_whitening": true}')
+    with pytest.raises(InputError, match=r"activation_scaler.json: a training checkpoint .* input whitening is not folded"):
+        SAE.load(folder)
+    (folder / "activation_scaler.json").write_text("{torn")
+    with pytest.raises(InputError, match=r"activation_scaler.json: not readable JSON"):
         SAE.load(folder)

@@ -23,7 +23,10 @@ from activation_store.errors import InputError
 from sae import SAE, LatentStatistics
 from sae.hub import card, fetch, pull, push
 
-EVALUATION = {"l0": 12.345678, "explained_variance": None, "ce_recovered": 0.9, "tokens": 2048, "density_histogram": [1, 2]}
+EVALUATION = {
+    "l0": 12.345678, "explained_variance": None, "ce_recovered": 0.9, "kl": 0.125, "cosine": 0.75,
+    "relative_reconstruction_bias": 0.9375, "held_out_hash": "0123abcd", "tokens": 2048, "density_histogram": [1, 2],
+}  # fmt: skip
 
 
 class Hub:
@@ -184,6 +187,10 @@ def test_the_card_says_what_it_is_and_what_was_measured(saved):
     assert "datasets" not in header
     assert "| L0, latents a token | 12.35 |" in text
     assert "| explained variance | undefined |" in text
+    assert "| cosine of reconstruction and activation | 0.75 |" in text
+    assert "| relative reconstruction bias | 0.9375 |" in text
+    assert "| KL divergence of the model with reconstructions from the model, nats a token | 0.125 |" in text
+    assert "| hash of the held-out set | 0123abcd |" in text
     assert "| hook | blocks.0.hook_resid_post |" in text
     assert 'SAE.load("hf://me/an-sae/layer-3")' in text
     assert "squared error" not in text  # which was not measured

@@ -1,5 +1,7 @@
 """Steering identities, on a tiny model, on TransformerBridge and on the real demo model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -255,3 +257,21 @@ def test_what_writes_elsewhere_than_it_reads_is_refused():
         assert not steerable(sae)
         with pytest.raises(InputError, match=said), intervene(torch.nn.Linear(1, 1), sae, [Ablate(0)]):
             pass
+    sae = StandardSAE(SAEConfig("standard", 6, 8, "blocks.0.mlp.hook_in", hook_name_out="blocks.0.hook_mlp_out"))
+    assert not steerable(sae)  # as wide out as in, which d_out need not say
+    assert steerable(StandardSAE(SAEConfig("standard", 6, 8, "blocks.0.hook_out", hook_name_out="blocks.0.hook_out")))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edit", [Clamp(4, value=3.0), Scale(4, 2.0), Add(4, 2.0), Ablate(4)])
+def test_an_sae_in_bfloat16_steers_as_the_one_in_float32_but_for_rounding(tiny, edit):
+    model, _, sae = tiny
+    half = StandardSAE(replace(sae.cfg, dtype="bfloat16")).requires_grad_(False)
+    half.load_state_dict(sae.state_dict())
+    ids, base = some_ids(model), model(some_ids(model)).logits
+    logits = []
+    for one in (sae, half):
+        with intervene(model, one, [edit]):
+            logits.append(model(ids).logits)
+    assert (logits[0] - base).norm() > 0.01
+    assert (logits[1] - logits[0]).norm() < 0.05 * (logits[0] - base).norm()

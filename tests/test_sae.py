@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from activation_store.errors import InputError
 from sae import SAE, LatentStatistics, SAEConfig, TrainConfig, train
+from sae.architectures import ARCHITECTURES
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.standard import StandardSAE
+from sae.statistics import latent_statistics
 
 
 def random_sae(d_in=8, d_sae=20, seed=0, apply_b_dec_to_input=True) -> StandardSAE:
@@ -145,3 +148,37 @@ def test_an_sae_in_bfloat16_takes_float32_rows(kind, tmp_path):
     for found, wanted in ((half.encode(x), whole.encode(x)), (half(x), whole(x)), (half.reconstruct_sparse(x)[1], whole(x))):
         assert float((found.float() - wanted).norm() / wanted.norm()) < 0.1
     assert torch.equal(half.encode_sparse(x).dense(), half.encode(x).float())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        SAEConfig("jumprelu", 8, 16), SAEConfig("batchtopk", 8, 16), SAEConfig("topk", 8, 16, k=3),
+        SAEConfig("gated", 8, 16, skip=True, d_out=8), SAEConfig("standard", 8, 16, normalize_activations="layer_norm"),
+        SAEConfig("cross_layer_transcoder", 8, 16, apply_b_dec_to_input=False, d_out=8, hook_names=("a", "b"), widths=(4, 4),
+                  hook_names_out=("c", "d"), widths_out=(4, 4), metadata={"layers": "topk"}, k=3),
+    ],
+    ids=lambda cfg: cfg.architecture,
+)  # fmt: skip
+def test_narrow_dtypes_of_every_kind_take_float32_rows(cfg, dtype):
+    sae = ARCHITECTURES[cfg.architecture](replace(cfg, dtype=dtype)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in sae.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator).abs())
+    x = torch.randn(20, 8, generator=generator)
+    f, x_hat = sae.reconstruct_sparse(x)
+    assert sae.encode(x).dtype == sae(x).dtype == x_hat.dtype == getattr(torch, dtype)
+    assert torch.equal(f.dense(), sae.encode(x).float())
+    torch.testing.assert_close(x_hat, sae(x), rtol=0.05, atol=0.05)
+
+
+def test_statistics_of_latents_in_bfloat16_are_those_in_float32_but_for_rounding(tiny_store):
+    sae = random_sae(32, 64)
+    half = StandardSAE(replace(sae.cfg, dtype="bfloat16")).requires_grad_(False)
+    half.load_state_dict(sae.state_dict())
+    hook = "blocks.1.hook_resid_post"
+    whole, found = latent_statistics(sae, tiny_store, hook), latent_statistics(half, tiny_store, hook)
+    assert found.tokens == whole.tokens > 0
+    torch.testing.assert_close(found.max_activation, whole.max_activation, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(found.density, whole.density, rtol=0, atol=0.02)

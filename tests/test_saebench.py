@@ -3,11 +3,13 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_intervene import sae_for
 
 from activation_store.errors import InputError
@@ -174,7 +176,23 @@ def test_saebench_itself_evaluates_a_folder(sweep):
     assert isinstance(SAE.load(sweep / "narrow"), TopKSAE)
 
 
-def test_formats_of_torch_files_are_found():
+def test_formats_of_torch_files_are_found_and_what_is_no_sae_is_passed_over(tmp_path, caplog):
     golden = Path(__file__).parent / "golden" / "dictionary_learning"
-    folder = next(file.parent for file in sorted(golden.rglob("*.pt")))
-    assert len(load(folder)) == 1
+    shutil.copytree(golden, tmp_path / "saes")
+    (tmp_path / "saes" / "state").mkdir()
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "saes" / "state" / "optimizer.pt")
+    found = load(tmp_path / "saes", model_name="gpt2-small")
+    assert [name for name, _ in found] == sorted(folder.name for folder in golden.iterdir())
+    assert f"{tmp_path}/saes/state: passed over" in caplog.text
+    x = load_file(golden.parent / "inputs.safetensors")["x"]
+    for name, sae in found:
+        torch.testing.assert_close(sae(x), SAE.load(golden / name)(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="state: no SAE folder in it"):
+        load(tmp_path / "saes" / "state")
+    (tmp_path / "saes" / "GatedAutoEncoder" / "ae.pt").write_bytes(b"torn")  # is not passed over
+    with pytest.raises(InputError, match="GatedAutoEncoder"):
+        load(tmp_path / "saes", model_name="gpt2-small")

@@ -75,6 +75,12 @@ def load_sae(path: Path, format: str | None = None, dtype: str | None = None) ->
     return sae
 
 
+def holds_sae(path: Path) -> bool:
+    """Say whether a file in the folder `path` is an SAE's, or cannot be read: `load_sae` says why."""
+    found, faults = contents(path)
+    return bool(faults) or any(known.detect(one) for one in found for known in FORMATS.values())
+
+
 def save_sae(sae: SAE, path: Path, format: str) -> None:
     """Write `sae` as a folder, whole or not at all; see `SAE.save`."""
     _known(format)

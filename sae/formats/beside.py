@@ -1,7 +1,7 @@
 """What monosem puts beside weights in every format, and other readers pass over.
 
-latents.safetensors: maximum, density and histogram of each latent. monosem.json: hooks and metadata, for formats whose own
-config has no place for them.
+latents.safetensors: maximum, density and histogram of each latent. monosem.json: hooks, metadata and whether it is a transcoder,
+for formats whose own config has no place for them.
 """
 
 from dataclasses import replace
@@ -33,15 +33,22 @@ def load_latents(folder: Path) -> LatentStatistics | None:
 
 
 def save_facts(sae: SAE, folder: Path) -> None:
-    """Put hooks and metadata into `folder`."""
+    """Put hooks, the width of output and metadata into `folder`."""
     cfg = sae.cfg
-    facts = {"hook_name": cfg.hook_name, "hook_name_out": cfg.hook_name_out, "metadata": cfg.metadata}
+    facts = {"hook_name": cfg.hook_name, "hook_name_out": cfg.hook_name_out, "d_out": cfg.d_out, "metadata": cfg.metadata}
     write_json(folder / FACTS, facts)
 
 
 def load_facts(sae: SAE, folder: Path) -> None:
-    """Give `sae` the hooks and metadata that lie in `folder`, if any, before those that its format knew."""
-    facts = read_config(folder / FACTS)
-    if facts is not None:
-        hooks = {name: facts[name] for name in ("hook_name", "hook_name_out") if facts.get(name) is not None}
-        sae.cfg = replace(sae.cfg, metadata={**sae.cfg.metadata, **facts.get("metadata", {})}, **hooks)
+    """Give `sae` the hooks and metadata that lie in `folder`, if any, before those that its format knew.
+
+    Where input and output are equally wide they say, too, whether it is an SAE or a transcoder, which some formats do not.
+    """
+    facts, cfg = read_config(folder / FACTS), sae.cfg
+    if facts is None:
+        return
+    given = {name: facts[name] for name in ("hook_name", "hook_name_out") if facts.get(name) is not None}
+    if cfg.width_out == cfg.d_in:
+        transcoder = facts.get("d_out", facts.get("hook_name_out")) is not None  # d_out was not always written
+        given["d_out"] = cfg.d_in if transcoder else None
+    sae.cfg = replace(cfg, metadata={**cfg.metadata, **facts.get("metadata", {})}, **given)

@@ -1,6 +1,7 @@
 """What lies at a path, as far as formats tell each other apart: tensors by name and shape, and the configs beside them."""
 
 import json
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,8 +129,14 @@ def _read_torch(path: Path) -> Mapping[str, Any]:
         except RuntimeError:  # the old, unzipped kind cannot be mapped
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what unpickling may not do is said in many ways
-        why = first_line(error).partition("Re-running")[0].strip()  # torch goes on with how to unpickle it all the same
-        raise InputError(f"{path}: not a torch file of tensors and plain values; nothing else is unpickled ({why})") from error
+        raise InputError(f"{path}: not a torch file of tensors and plain values; nothing else is unpickled ({_why(error)})"
+                         ) from error  # fmt: skip
     if not isinstance(loaded, Mapping):
         raise InputError(f"{path}: holds a {type(loaded).__name__}; an SAE is a dictionary of tensors")
     return {str(name): value for name, value in loaded.items()}
+
+
+def _why(error: Exception) -> str:
+    """Say what of a file torch would not unpickle, without what it says beside that: how to unpickle it all the same."""
+    refused = re.search(r"unsupported (?:global: )?GLOBAL (\S+)", str(error), re.IGNORECASE)
+    return f"it asks for {refused[1]}" if refused else re.split(r" (?:This file can|In PyTorch)", first_line(error))[0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from activation_store.errors import InputError
 from sae.formats.beside import save_latents as save_latents
-from sae.formats.content import Container, Content
+from sae.formats.content import Container, Content, read_config
 from sae.formats.weights import Loaded, is_transcoder, nonnegative, number, weights_of, with_b_dec_applied
 from sae.sae import SAE, SAEConfig
 
@@ -56,10 +56,7 @@ class SAELensFormat:
             raise InputError(f"{where}: no cfg.json with d_in and d_sae lies beside {found.path.name}; a SAELens folder has one")
         if not isinstance(config.get("metadata"), dict):
             config = _nested(config, where)
-        scaler = where / _SCALER  # of a training checkpoint, whose weights are still to be multiplied by it
-        if scaler.exists() and json.loads(scaler.read_text()).get("scaling_factor") is not None:
-            raise InputError(f"{scaler}: a training checkpoint of SAELens, whose input scale is not folded into its weights; "
-                             "give the folder that save_inference_model wrote")  # fmt: skip
+        _refuse_unfolded(where / _SCALER)
         metadata = dict(config["metadata"])
         architecture, transcoder, skip = _parse(str(config.get("architecture")))
         layer_norm = config.get("normalize_activations") == "layer_norm"
@@ -175,6 +172,15 @@ def _nested(config: dict[str, Any], where: Path) -> dict[str, Any]:
     metadata = {key: value for key, value in flat.items() if key not in _OWN_FIELDS and key != "sae_lens_version"}
     metadata.setdefault("prepend_bos", True)  # as their loader has it
     return {**{key: value for key, value in flat.items() if key in _OWN_FIELDS}, "metadata": metadata}
+
+
+def _refuse_unfolded(scaler: Path) -> None:
+    """Raise InputError for a training checkpoint, whose weights are still without the input scale or whitening in `scaler`."""
+    kept = read_config(scaler) or {}
+    unfolded = "scale" if kept.get("scaling_factor") is not None else "whitening" if kept.get("has_whitening") else None
+    if unfolded is not None:
+        raise InputError(f"{scaler}: a training checkpoint of SAELens, whose input {unfolded} is not folded into its weights; "
+                         "give the folder that save_inference_model wrote")  # fmt: skip
 
 
 def _without_scaling_factor(weights: dict[str, Tensor], config: dict[str, Any], where: Path) -> dict[str, Tensor]:

@@ -26,19 +26,30 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def assemble(cfg: SAEConfig, weights: dict[str, Tensor], where: Path) -> SAE:
-    """Return the SAE of these weights, cast to cfg.dtype. Raises InputError where a name or shape is not what `cfg` asks for."""
+    """Return the SAE of these weights, cast to cfg.dtype.
+
+    Raises InputError where a name or shape is not what `cfg` asks for, where a weight is not finite, and where k is above d_sae.
+    """
     from sae.architectures import ARCHITECTURES
 
     if cfg.architecture not in ARCHITECTURES:
         raise InputError(f"{where}: architecture {cfg.architecture!r}; known: {', '.join(ARCHITECTURES)}")
     if cfg.dtype not in DTYPES:
         raise InputError(f"{where}: dtype {cfg.dtype!r}; allowed: {', '.join(DTYPES)}")
+    if cfg.k is not None and cfg.k > cfg.d_sae:
+        raise InputError(f"{where}: k is {cfg.k}; there are {cfg.d_sae} latents: at most so many can fire")
     sae = ARCHITECTURES[cfg.architecture](cfg)
     expected = {name: tuple(value.shape) for name, value in sae.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     if expected != found:
         raise InputError(f"{where}: tensors {found} do not fit the config, which asks for {expected}")
     sae.load_state_dict(weights)
+    for name, value in sae.state_dict().items():
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            cast = bool(weights[name].isfinite().all())
+            mend = f"{cfg.dtype} does not reach so far: load it as float32" if cast else "get the file again, whole"
+            raise InputError(f"{where}: {name} has {bad} values that are infinite or NaN; {mend}")
     return sae
 
 
