@@ -289,7 +289,10 @@ def compute_shard(
     store: ActivationStore, shard: int, subject: Subject, batch_size: int, sites: dict[str, HookSite],
     progress: Callable[[int], None] = lambda sequences: None,
 ) -> tuple[dict[str, Rows], dict[str, Sums]]:
-    """Run the model over one shard; return its rows, encoded, on the CPU, and the sums for the statistics."""
+    """Run the model over one shard; return its rows, encoded, on the CPU, and the sums for the statistics.
+
+    Raises InputError where a row that is no special token's is not finite, as it would be stored.
+    """
     where = store.shard_sequences(shard)
     tokens, kept = store.sequence_array("tokens", shard), torch.from_numpy(~store.special_of(shard))
     count = _size(where) * store.context
@@ -306,6 +309,9 @@ def compute_shard(
         progress(stop)
     if subject.device.type == "cuda":
         torch.cuda.current_stream(subject.device).synchronize()  # once a shard: the copies have arrived
+    for hook, found in sums.items():
+        if not bool(found.values["norm"].isfinite()):
+            raise not_finite(hook, store.dtype(hook), subject, sites[hook], tokens, kept, batch_size)
     return rows, sums
 
 
@@ -336,18 +342,30 @@ def _commit(
     store: ActivationStore, journal: Folder, claims: Claims, shard: int, rows: dict[str, Rows], sums: dict[str, Sums]
 ) -> None:
     """Write one shard and then, as the mark that it is done, its sums."""
-    found = {hook: part.arrays() for hook, part in sums.items()}
-    for hook, values in found.items():
-        if not np.isfinite(values["norm"]):
-            raise not_finite(hook, store.dtype(hook))
     store.write_shard(shard, rows)
-    journal.write(f"{_name(shard)}.npz", to_bytes(found), sync=False)
+    journal.write(f"{_name(shard)}.npz", to_bytes({hook: part.arrays() for hook, part in sums.items()}), sync=False)
     claims.release(_name(shard))
 
 
-def not_finite(hook: str, dtype: str) -> InputError:
-    """Return the error for activations that are infinite or NaN outside special tokens."""
-    return InputError(f"harvest.dtype: {dtype} holds infinite or NaN values of {hook}; try bfloat16 or float32")
+def not_finite(
+    hook: str, dtype: str, subject: Subject, site: HookSite, tokens: NDArray[np.int32], kept: Tensor, batch_size: int
+) -> InputError:  # fmt: skip
+    """Return the error for activations that are infinite or NaN, as stored in `dtype`, where `kept` marks tokens as not special.
+
+    The model runs over `tokens` (sequence, context) again: what is stored does not tell whether it was finite before.
+    """
+    largest = 0.0
+    for start in range(0, len(tokens), batch_size):
+        batch = torch.from_numpy(tokens[start : start + batch_size].astype(np.int64)).to(subject.device)
+        marks = kept.reshape(tokens.shape)[start : start + batch_size].reshape(-1).to(subject.device)
+        x = capture(subject.model, {hook: site}, batch)[hook].reshape(batch.numel(), -1)[marks]
+        if not bool(x.isfinite().all()):
+            value, own = float(x[~x.isfinite()][0]), str(x.dtype).removeprefix("torch.")
+            mend = "look whether its weights are whole" if own == "float32" else "try model.dtype=float32"
+            return InputError(f"model.id: {subject.config.id} itself gives {value} at {hook}, in {own}; {mend}")
+        largest = max(largest, float(x.abs().amax()) if len(x) else 0.0)
+    mend = "try bfloat16 or float32" if dtype == "float16" else "their norms are too large for float32: harvest another hook"
+    return InputError(f"harvest.dtype: {dtype} does not hold what the model gives at {hook}, up to {largest:.3g}; {mend}")
 
 
 def _finish(store: ActivationStore, journal: Folder) -> bool:

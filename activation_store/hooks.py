@@ -7,7 +7,6 @@ model that it wraps and forces eager attention. The forward pass itself then run
 
 import copy
 import difflib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from activation_store.errors import InputError
-
-_WRAPPED = re.compile(r"(^|\.)_original_component(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -35,15 +32,20 @@ def locate_hooks(model: nn.Module, names: Sequence[str]) -> dict[str, HookSite]:
     Raises InputError for a name that the model does not have, listing the nearest ones, and for one that names no
     module's input or output (attention patterns and the like), before anything runs.
     """
-    bridge = _bridge_without_weights(model)
+    bridge, paths = _bridge_without_weights(model)
     points: dict[str, Any] = dict(bridge.hook_dict)
-    inner = bridge.original_model
     sites: dict[int, HookSite] = {}
-    for path, module in inner.named_modules():
+    seen: set[nn.Module] = set()
+    for module in bridge.original_model.modules():
+        wrapped = _wrapped(module)
+        path = paths.get(wrapped[-1])
+        if path is None or (wrapped[-1] in seen and module not in seen):  # OPT's "mlp" is a second bridge round a whole layer
+            continue
+        seen.update(wrapped)
         for side in ("in", "out"):
             point = getattr(module, f"hook_{side}", None)
             if isinstance(point, nn.Module):
-                sites.setdefault(id(point), HookSite(_WRAPPED.sub("", path).lstrip("."), side))
+                sites.setdefault(id(point), HookSite(path, side))
     found = {}
     for name in names:
         if name not in points:
@@ -52,13 +54,24 @@ def locate_hooks(model: nn.Module, names: Sequence[str]) -> dict[str, HookSite]:
         site = sites.get(id(points[name]))
         if site is None:
             raise InputError(f"hook {name!r} is not the input or output of a module, so it cannot be captured or steered")
-        model.get_submodule(site.path)  # the untouched model must have it too
         found[name] = site
     return found
 
 
-def _bridge_without_weights(model: nn.Module) -> Any:
-    """Wrap a weightless twin of `model` in TransformerBridge."""
+def _wrapped(module: nn.Module) -> list[nn.Module]:
+    """Return what a bridge put round one of the model's own modules, from the outside in; the model's own is the last."""
+    found = [module]
+    while isinstance(inside := getattr(found[-1], "_original_component", None), nn.Module):
+        found.append(inside)
+    return found
+
+
+def _bridge_without_weights(model: nn.Module) -> tuple[Any, dict[nn.Module, str]]:
+    """Wrap a weightless twin of `model` in TransformerBridge; return it, and the path in `model` of each of the twin's modules.
+
+    A bridge moves modules to where it calls them otherwise (GPT-2's `attn.c_proj` to `attn.o`), and makes some that the model
+    does not have (q, k and v out of GPT-2's one product).
+    """
     from transformer_lens.model_bridge import TransformerBridge
 
     config: Any = copy.deepcopy(model.config)  # booting sets eager attention in the config, which must not reach ours
@@ -67,12 +80,13 @@ def _bridge_without_weights(model: nn.Module) -> Any:
     with torch.device("meta"):
         kind: Any = type(model)
         twin = kind._from_config(config, dtype=torch.bfloat16)
+    paths = {module: path for path, module in twin.named_modules()}
     name = config._name_or_path or "local"
     try:
-        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=_stub_tokenizer(), device="meta")
+        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=_stub_tokenizer(), device="meta"), paths
     except NotImplementedError:  # fused weights (GPT-2's QKV) are split by copying, which meta tensors cannot do
         twin = twin.to_empty(device="cpu")  # memory that is reserved, and never touched but for those weights
-        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=_stub_tokenizer(), device="cpu")
+        return TransformerBridge.boot_transformers(name, hf_model=twin, tokenizer=_stub_tokenizer(), device="cpu"), paths
 
 
 def _stub_tokenizer() -> Any:

@@ -184,7 +184,7 @@ class LiveActivations(_Live):
         for start in range(0, len(blocks), self.config.batch_size):
             some = blocks[start : start + self.config.batch_size]
             tokens = self._tokens_of(some)
-            kept = ~np.isin(tokens, self.attrs["special_token_ids"]).reshape(-1)
+            kept = torch.from_numpy(~np.isin(tokens, self.attrs["special_token_ids"]).reshape(-1))
             at = slice(start * self.context, (start + len(some)) * self.context)
             rows = (some[:, None] * self.context + np.arange(self.context)).reshape(-1)
             for hook, found, _ in run(self.subject, sites, tokens, dict.fromkeys(into, self.config.dtype)):
@@ -193,9 +193,10 @@ class LiveActivations(_Live):
                 raw[at] = values.cpu().numpy()
                 if scales is not None and found.scales is not None:
                     scales[at] = found.scales.cpu().numpy()
-                norms = self._norms[hook][rows] = found.norms.cpu().numpy()
-                if not np.isfinite(norms[kept]).all():
-                    raise not_finite(hook, self.config.dtype)
+                norms = found.norms.cpu()
+                self._norms[hook][rows] = norms.numpy()
+                if not bool(norms[kept].isfinite().all()):
+                    raise not_finite(hook, self.config.dtype, self.subject, sites[hook], tokens, kept, self.config.batch_size)
 
 
 class RecycledStore(_Live, ActivationStore):
@@ -236,10 +237,6 @@ class RecycledStore(_Live, ActivationStore):
             if shard not in self._present:
                 self._make_room(set(wanted))
                 rows, _ = compute_shard(self, shard, self.subject, self.config.batch_size, self._sites)
-                kept = ~self.special_of(shard).reshape(-1)
-                for hook, found in rows.items():
-                    if not np.isfinite(found.norms.numpy()[kept]).all():
-                        raise not_finite(hook, self.dtype(hook))
                 self.write_shard(shard, rows)
                 self._present[shard] = None
                 self.computed += 1

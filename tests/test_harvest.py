@@ -189,13 +189,27 @@ def test_values_beyond_float16_are_bad_input_with_a_mend(
     large = load_subject(ModelConfig(id=str(tiny_model_dir), dtype="float32", device="cpu"))
     with torch.no_grad():
         large.model.model.embed_tokens.weight.mul_(1e6)
-    with pytest.raises(InputError, match=r"harvest\.dtype.*float16"):
+    with pytest.raises(InputError, match=r"harvest\.dtype: float16 does not hold .*up to .*e\+05; try bfloat16 or float32"):
         again(subject=large, dtype="float16")
 
 
-def test_values_that_are_not_numbers_are_bad_input(again: Callable[..., ActivationStore], tiny_model_dir: Path) -> None:
+def test_values_that_are_not_numbers_are_bad_input(
+    again: Callable[..., ActivationStore], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     broken = load_subject(ModelConfig(id=str(tiny_model_dir), dtype="float32", device="cpu"))
     with torch.no_grad():
         broken.model.model.layers[0].mlp.down_proj.weight[3, 3] = float("nan")
-    with pytest.raises(InputError, match=r"(?i)nan|not finite|infinite"):
-        again(subject=broken)
+    for dtype in ("float16", "bfloat16", "float32", "int8"):  # none of which is the reason
+        with pytest.raises(InputError, match=r"model\.id: .* itself gives nan at .*, in float32; look whether its weights"):
+            again(tmp_path / dtype, subject=broken, dtype=dtype)
+
+
+def test_a_model_that_overflows_in_its_own_dtype_is_told_to_be_wider(
+    again: Callable[..., ActivationStore], tiny_model_dir: Path
+) -> None:
+    """float16's infinities look the same in a store, whichever of the two made them."""
+    narrow = load_subject(ModelConfig(id=str(tiny_model_dir), dtype="bfloat16", device="cpu"))
+    with torch.no_grad():
+        narrow.model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
+    with pytest.raises(InputError, match=r"itself gives -?(inf|nan) at .*, in bfloat16; try model\.dtype=float32"):
+        again(subject=narrow, dtype="float16")

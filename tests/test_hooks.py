@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from activation_store import InputError, ModelConfig
-from activation_store.hooks import HookSite, capture, locate_hooks, on_pass, tensor_of
+from activation_store.hooks import HookSite, _stub_tokenizer, capture, locate_hooks, on_pass, tensor_of
 from activation_store.subject import Subject, empty_subject_model, load_subject
 
 NAMED_IN_EVERY_BLOCK = (
@@ -73,6 +73,49 @@ def test_every_block_hook_has_the_values_of_the_bridge(
         assert expected.abs().max() > 1e-2
         got = found[name].reshape(expected.shape)  # attention hooks: (sequence, context, heads x d_head)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5, msg=lambda message, name=name: f"{name}: {message}")
+
+
+def test_gpt2_whose_modules_have_other_names_has_the_values_of_the_bridge(tokens: Tensor) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=300, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1, initializer_range=0.2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    names = [f"blocks.{layer}.{name}" for layer in range(2) for name in (
+        "attn.hook_z", "attn.hook_out", "hook_attn_out", "mlp.hook_post", "hook_mlp_out", "hook_resid_pre", "hook_resid_post"
+    )]  # fmt: skip
+    sites = locate_hooks(model, names)
+    assert sites["blocks.1.attn.hook_z"] == HookSite("transformer.h.1.attn.c_proj", "in")
+    found = capture(model, sites, tokens)
+    z = found["blocks.1.attn.hook_z"]
+    torch.testing.assert_close(model.transformer.h[1].attn.c_proj(z), found["blocks.1.hook_attn_out"])
+    with pytest.raises(InputError, match=r"'blocks.0.attn.hook_q' is not the input or output of a module"):
+        locate_hooks(model, ["blocks.0.attn.hook_q"])  # q, k and v come out of one product
+    bridge = TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=_stub_tokenizer(), device="cpu")
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+    for name in names:
+        expected = cache[name]
+        torch.testing.assert_close(found[name].reshape(expected.shape), expected, rtol=0, atol=1e-5)
+
+
+def test_a_hook_that_would_mean_a_whole_layer_is_refused() -> None:
+    """OPT's layers hold fc1 and fc2 themselves: there is no MLP to hook, and the bridge that stands for it is round the layer."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=300, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    model = OPTForCausalLM(config)
+    with pytest.raises(InputError, match=r"'blocks.1.mlp.hook_in' is not the input or output of a module"):
+        locate_hooks(model, ["blocks.1.mlp.hook_in"])
+    sites = locate_hooks(model, ["blocks.1.hook_in", "blocks.1.hook_out", "blocks.1.mlp.hook_post"])
+    layer = "model.decoder.layers.1"
+    assert list(sites.values()) == [HookSite(layer, "in"), HookSite(layer, "out"), HookSite(f"{layer}.fc2", "in")]
 
 
 def test_names_that_mean_one_place_and_names_that_do_not(subject: Subject, tokens: Tensor) -> None:
