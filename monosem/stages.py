@@ -152,7 +152,12 @@ def _evaluate(run: Run) -> dict[str, Any]:
     figures = {key: result[key] for key in keys}
     if result["dark_matter"] is not None:
         figures["error_vector_r2"] = result["dark_matter"]["error_vector_r2"]
-    figures["clustered_fraction"] = result["decoder"]["clustered_fraction"]
+    if result["decoder"] is not None:
+        figures["clustered_fraction"] = result["decoder"]["clustered_fraction"]
+    for hook, found in result.get("by_hook", {}).items():
+        figures |= {f"{key} at {hook}": found[key] for key in ("explained_variance", "ce_recovered")}
+    if "replacement" in result:
+        figures |= {f"{key} of the replacement": result["replacement"][key] for key in ("ce_recovered", "kl")}
     for kind, means in result.get("probing", {}).get("mean", {}).items():
         figures |= {f"probing_{kind}_{k}": found["accuracy"] for k, found in means.items()}
     for name, found in result.get("probing", {}).get("datasets", {}).items():
@@ -336,9 +341,9 @@ STAGES = {
 def do_stages(run: Run, names: list[str]) -> None:
     """Run stages in order; everything that can be known to fail is found before the first one starts."""
     several = next((config.hooks for config in run.config.members.values() if len(config.hooks) > 1), ())
-    if several and {"evaluate", "explain", "report"} & set(names):
+    if several and {"explain", "report"} & set(names):
         raise InputError(
-            f"train.hook: {len(several)} hooks given; evaluate, explain and report read one; `monosem train` trains on all"
+            f"train.hook: {len(several)} hooks given; explain and report read one; `monosem train` and `evaluate` take all"
         )
     todo = [name for name in names if not run.finished(STAGES[name], STAGES)]
     if "harvest" in todo:

@@ -1,6 +1,6 @@
 """Evaluation on held-out rows that training never drew: reconstruction, sparsity, what it costs the model, what latents are."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ from torch import nn
 from activation_store.errors import InputError
 from activation_store.progress import Progress
 from activation_store.store import ActivationStore
+from sae.architectures.cross_layer import CrossLayerTranscoder
 from sae.config import AbsorptionConfig, EvaluateConfig
 from sae.evaluation.absorption import absorption, letter_probes
-from sae.evaluation.bootstrap import intervals, plain, total
-from sae.evaluation.geometry import decoder_clusters
+from sae.evaluation.bootstrap import Sums, intervals, plain, total
+from sae.evaluation.geometry import decoder_clusters, decoder_shares
 from sae.evaluation.held_out import SIDES, HeldOut
 from sae.evaluation.labelled import read_labelled
-from sae.evaluation.losses import loss_figures, loss_sums, measure, next_token_loss
+from sae.evaluation.losses import TOGETHER, loss_figures, loss_sums, measure, next_token_loss, together
 from sae.evaluation.probing import sparse_probing
 from sae.evaluation.reconstruction import DENSITY_EDGES, reconstruct
 from sae.evaluation.spelling import read_words, vocabulary_words
@@ -50,6 +51,10 @@ def evaluate_many(
     `absorption` are there where the config asks for them, which takes the model's `tokenizer`. `held_out_hash` names the
     tokens, marks, hooks and model. A transcoder is judged by what it predicts. What is undefined is None.
 
+    Where several hooks are predicted, `by_hook` has the figures of each, and losses at the top are of one hook replaced at a time
+    by what is predicted from the clean pass, all hooks pooled; of a crosscoder, `decoder_share` there says how much of its
+    latents lies at that hook. Of a cross-layer transcoder, `replacement` has the losses with all hooks replaced at once.
+
     Raises InputError, before any long work, for an SAE that does not fit the store, a held-out set other than the config's,
     and texts that cannot be read.
     """
@@ -64,7 +69,10 @@ def evaluate_many(
     groups = {key: [name for name in saes if held[name] == key] for key in dict.fromkeys(held.values())}
     rows = {key: key.sequences * store.context for key in groups}
     passed = {key: min(config.ce_sequences, key.sequences) * store.context for key in groups}
-    work = sum(rows[key] * len(names) + passed[key] * (3 + 2 * len(names)) for key, names in groups.items())
+    work = 0
+    for key, names in groups.items():
+        replaced = len(key.hooks_out) + together(key)
+        work += rows[key] * len(names) + passed[key] * (1 + replaced * (2 + 2 * len(names)))
     done = 0
 
     def step(tokens: int) -> None:
@@ -78,17 +86,17 @@ def evaluate_many(
         for name, result in _on_held_out(own, held_out, model, config, cache, seed, step).items():
             results[name] = {
                 **result,
-                "hook": held_out.hook,
-                "hook_out": held_out.hook_out,
+                "hook": _one_or_all(held_out.hooks),
+                "hook_out": _one_or_all(held_out.hooks_out),
                 "held_out_sequences": held_out.sequences,
                 "held_out_hash": held_out.hash,
                 "density_edges_log10": DENSITY_EDGES,
-                "decoder": decoder_clusters(saes[name], config.cluster_cosine),
             }
+            _add_geometry(results[name], saes[name], held_out, config.cluster_cosine)
         if config.probing is not None:
             l0 = {name: results[name]["l0"] or 1.0 for name in names}
             probed = sparse_probing(
-                own, l0, datasets, model, tokenizer, store, held_out.hook, config.probing, config.batch_size, seed
+                own, l0, datasets, model, tokenizer, store, held_out.hooks, config.probing, config.batch_size, seed
             )
             for name in names:
                 results[name]["probing"] = probed[name]
@@ -103,7 +111,8 @@ def _on_held_out(
     progress: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     sequences = min(config.ce_sequences, held_out.sequences)
-    baseline, spliced = measure(saes, held_out, model, sequences, config.batch_size, cache=cache, progress=progress)
+    measured = measure(saes, held_out, model, sequences, config.batch_size, cache=cache, progress=progress)
+    single = [measured[hook] for hook in held_out.hooks_out]
     results = {}
     for name, sae in saes.items():
         found = reconstruct(
@@ -111,24 +120,60 @@ def _on_held_out(
         )
         sides = {}
         for side in SIDES:
-            losses = total(loss_sums(baseline, spliced[name], side))
-            sides[side] = {**found.sides[side], "ce_tokens": int(losses["tokens"]), **plain(loss_figures(losses))}
-        of_losses = intervals(loss_sums(baseline, spliced[name], SIDES[0]), loss_figures, config.resamples, seed)
+            losses = _pooled(total(loss_sums(baseline, spliced[name], side)) for baseline, spliced in single)
+            tokens = int(losses["tokens"]) // len(single)
+            sides[side] = {**found.sides[side], "ce_tokens": tokens, **plain(loss_figures(losses))}
+        by_sequence = _pooled(loss_sums(baseline, spliced[name], SIDES[0]) for baseline, spliced in single)
+        of_losses = intervals(by_sequence, loss_figures, config.resamples, seed)
         results[name] = {
             **sides["without_special"], **sides, "intervals": {**found.intervals, **of_losses}, "ce_sequences": sequences,
             "dark_matter": found.dark_matter,
         }  # fmt: skip
+        of_hook = {
+            hook: plain(loss_figures(total(loss_sums(baseline, spliced[name], SIDES[0]))))
+            for hook, (baseline, spliced) in measured.items()
+        }
+        if found.by_hook:
+            results[name]["by_hook"] = {hook: {**found.by_hook[hook], **of_hook[hook]} for hook in held_out.hooks_out}
+        if together(held_out):
+            results[name]["replacement"] = of_hook[TOGETHER]
     return results
+
+
+def _pooled(parts: Iterable[Sums]) -> Sums:
+    """Add up the sums of several hooks."""
+    first, *others = parts
+    return {name: sum((other[name] for other in others), start=values) for name, values in first.items()}
+
+
+def _one_or_all(hooks: tuple[str, ...]) -> str | list[str]:
+    return hooks[0] if len(hooks) == 1 else list(hooks)
+
+
+def _add_geometry(result: dict[str, Any], sae: SAE, held_out: HeldOut, cosine: float) -> None:
+    """Add how decoder rows lie: of a cross-layer transcoder those of each layer, of a crosscoder also at which hook they are."""
+    if isinstance(sae, CrossLayerTranscoder):
+        result["decoder"] = None
+        for (layer, _, _), of_hook in zip(sae, result["by_hook"].values(), strict=True):
+            of_hook["decoder"] = decoder_clusters(layer.W_dec, cosine)
+        return
+    result["decoder"] = decoder_clusters(sae.W_dec, cosine)
+    if len(held_out.columns) > 1:
+        for hook, share in decoder_shares(sae.W_dec, held_out.columns).items():
+            result["by_hook"][hook]["decoder_share"] = share
 
 
 def _absorption(
     saes: Mapping[str, SAE], held_out: HeldOut, model: nn.Module, tokenizer: Any, config: EvaluateConfig, seed: int
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    if held_out.hook != held_out.hook_out:
+    if len(held_out.hooks) > 1:
+        reason = f"{len(held_out.hooks)} hooks are read at once, and a probe is of one"
+        return {name: {"state": "undefined", "reason": reason} for name in saes}
+    if not held_out.predicts_its_input:
         reason = "a transcoder's decoder does not write where its input is read, and a probe of the one says nothing of the other"
         return {name: {"state": "undefined", "reason": reason} for name in saes}
     settings = config.absorption if isinstance(config.absorption, AbsorptionConfig) else AbsorptionConfig()
     bos = bool(held_out.store.attrs.get("prepend_bos"))
-    words = read_words(model, tokenizer, held_out.hook, settings.words, bos, seed)
+    words = read_words(model, tokenizer, held_out.hooks[0], settings.words, bos, seed)
     probes = letter_probes(words)
     return {name: absorption(sae, words, probes, settings.k) for name, sae in saes.items()}

@@ -55,14 +55,14 @@ def latent_statistics(
     progress: Progress = lambda done, total: None,
 ) -> LatentStatistics:  # fmt: skip
     """Pass once over the training rows of the store, special tokens left out, and return the latents' statistics."""
-    name = hook or sae.cfg.hook_name or store.hooks[0]
+    names = (hook,) if hook else sae.cfg.hook_names or (sae.cfg.hook_name or store.hooks[0],)
     border = store.train_sequences * store.context
     kept = torch.from_numpy(~store.special.reshape(-1))
     running = RunningStatistics(sae.cfg.d_sae)
     device = sae.b_dec.device
     for start in range(0, border, batch):
         stop = min(start + batch, border)
-        x = store.read(name, slice(start, stop))[kept[start:stop]]
+        x = torch.cat([store.read(name, slice(start, stop)) for name in names], 1)[kept[start:stop]]
         running.update(sae.encode_sparse(x.to(device)))
         progress(stop, border)
     return running.result()

@@ -408,5 +408,9 @@ def test_transcoders_and_crosscoders_are_trained_from_the_same_config(capsys, mo
     assert sae.cfg.hook_names == (RESID, MLP)
     assert sae.cfg.d_in == sum(sae.cfg.widths)
     code, out, err = monosem_cli(capsys, monkeypatch, "evaluate", tiny_config, runs, both)
+    assert code == 0, out + err
+    found = json.loads((tmp_path / "tiny/evaluation.json").read_text())
+    assert set(found["by_hook"]) == set(found["hook"]) == {RESID, MLP}
+    code, out, err = monosem_cli(capsys, monkeypatch, "explain", tiny_config, runs, both)
     assert code == 2
     assert "train.hook: 2 hooks given" in err

@@ -16,7 +16,7 @@ from sae import EvaluateConfig
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.standard import StandardSAE
 from sae.evaluate import evaluate, evaluate_many, next_token_loss
-from sae.evaluation import losses, reconstruction
+from sae.evaluation import reconstruction, splice
 from sae.readout import norm_gain, output_logits
 from sae.sae import SAEConfig
 from sae.statistics import latent_statistics
@@ -241,7 +241,7 @@ def test_layers_below_the_hook_run_once_a_batch(tiny_store, model):
     handle.remove()
     assert len(ran) == 2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "layers_below", lambda *_: [])
+        patch.setattr(splice, "layers_below", lambda *_: [])
         assert evaluate(sae, tiny_store, model, config) == found
     assert "forward" not in vars(model.model.layers[0])
 
@@ -257,7 +257,7 @@ def test_layers_run_every_time_where_later_ones_see_more_of_them_than_x(tiny_sto
     ]
     found = evaluate(sae, tiny_store, model, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "layers_below", lambda *_: [])
+        patch.setattr(splice, "layers_below", lambda *_: [])
         assert evaluate(sae, tiny_store, model, config) == found
     for handle in handles:
         handle.remove()

@@ -4,17 +4,12 @@ import networkx
 import pytest
 import torch
 
-from sae.architectures.standard import StandardSAE
 from sae.evaluation import geometry
-from sae.evaluation.geometry import decoder_clusters
-from sae.sae import SAEConfig
+from sae.evaluation.geometry import decoder_clusters, decoder_shares
 
 
-def dictionary(rows) -> StandardSAE:
-    rows = torch.as_tensor(rows, dtype=torch.float32)
-    sae = StandardSAE(SAEConfig("standard", rows.shape[1], len(rows))).requires_grad_(False)
-    sae.W_dec.copy_(rows)
-    return sae
+def dictionary(rows) -> torch.Tensor:
+    return torch.as_tensor(rows, dtype=torch.float32)
 
 
 def test_hand_made_clusters():
@@ -56,3 +51,16 @@ def test_a_dictionary_that_is_all_one_direction_is_one_cluster_and_one_latent_is
     assert (alone["clusters"], alone["nearest_cosine_mean"], alone["nearest_cosine_max"]) == (0, None, None)
     dead = decoder_clusters(dictionary(torch.zeros(3, 3)), 0.7)
     assert (dead["clusters"], dead["nearest_cosine_max"]) == (0, 0.0)
+
+
+def test_shares_of_a_crosscoders_hooks():
+    """One latent of the first hook alone, one of both alike, one of norms 3 and 1, and one that has no decoder."""
+    rows = dictionary([[3, 4, 0], [0, 2, -2], [0, 3, 1], [0, 0, 0]])
+    shares = decoder_shares(rows, {"a": slice(0, 2), "b": slice(2, 3)})
+    assert shares["a"]["mean"] == pytest.approx((1 + 0.5 + 0.75) / 3)
+    assert shares["b"]["mean"] == pytest.approx((0 + 0.5 + 0.25) / 3)
+    assert shares["a"]["quantiles"]["0.5"] == pytest.approx(0.75)
+    assert shares["a"]["histogram"] == [0, 0, 0, 0, 0, 1, 0, 1, 0, 1]
+    assert shares["b"]["histogram"] == [1, 0, 1, 0, 0, 1, 0, 0, 0, 0]
+    nothing = decoder_shares(dictionary(torch.zeros(2, 3)), {"a": slice(0, 2), "b": slice(2, 3)})
+    assert nothing["a"]["mean"] is None

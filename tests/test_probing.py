@@ -120,7 +120,7 @@ def test_texts_are_pooled_over_their_own_tokens_alone(tiny_store, model, tokeniz
     texts = ["the ship sails", "a", "the cook cuts an onion and warm bread with butter soup salt pan oven spice", "salt </s> pan"]
     config = settings("x", pooling=how, context=12)
     site = locate_hooks(model, [HOOK])
-    latents, activations = pooled_latents({"sae": sae}, texts, model, tokenizer, tiny_store, HOOK, config, 3)
+    latents, activations = pooled_latents({"sae": sae}, texts, model, tokenizer, tiny_store, [HOOK], config, 3)
     for i, text in enumerate(texts):
         ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]][:12]
         x = capture(model, site, torch.tensor([ids]))[HOOK][0]

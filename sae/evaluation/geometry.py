@@ -1,12 +1,11 @@
 """How close decoder rows lie to each other: latents that say nearly the same."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from sae.sae import SAE
 
 _BLOCK = 1 << 24  # cosines held at once
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -14,8 +13,8 @@ _LISTED = 10
 
 
 @torch.inference_mode()
-def decoder_clusters(sae: SAE, threshold: float) -> dict[str, Any]:
-    """Return the cosine of each decoder row to its nearest other, summarised, and clusters of those above `threshold`.
+def decoder_clusters(W_dec: Tensor, threshold: float) -> dict[str, Any]:
+    """Return the cosine of each decoder row (d_sae, d) to its nearest other, summarised, and clusters of those above `threshold`.
 
     A cluster is a connected component of two latents or more. `sizes` counts clusters by size, `largest` lists members of the
     largest ones. Cosines are computed a block of rows at a time; of a block only its own links are kept, and by whom each
@@ -24,7 +23,7 @@ def decoder_clusters(sae: SAE, threshold: float) -> dict[str, Any]:
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    rows = torch.nn.functional.normalize(sae.W_dec.detach().float(), dim=1)
+    rows = torch.nn.functional.normalize(W_dec.detach().float(), dim=1)
     latents = len(rows)
     nearest = torch.empty(latents)
     cluster = np.arange(latents)
@@ -53,6 +52,27 @@ def decoder_clusters(sae: SAE, threshold: float) -> dict[str, Any]:
         "clustered_fraction": float(sizes[joined].sum() / latents),
         "sizes": {str(size): int(count) for size, count in zip(*np.unique(sizes[joined], return_counts=True), strict=True)},
         "largest": [np.flatnonzero(cluster == number)[:50].tolist() for number in largest],
+    }
+
+
+@torch.inference_mode()
+def decoder_shares(W_dec: Tensor, columns: Mapping[str, slice]) -> dict[str, dict[str, Any]]:
+    """Return which share of latents' decoder norms lies at each hook of a crosscoder, ||W_dec,i^h|| / sum_h ||W_dec,i^h||.
+
+    Latents near 1 are of that hook alone, those at 1 / hooks of all alike (the relative decoder norm of Lindsey et al. 2024,
+    "Sparse Crosscoders for Cross-Layer Features and Model Diffing"). A mean, quantiles, and counts of ten equal bins from 0 to 1,
+    over latents whose decoder is not zero.
+    """
+    norms = torch.stack([W_dec[:, part].detach().float().norm(dim=1) for part in columns.values()], 1)
+    norms = norms[norms.sum(1) > 0]
+    shares = norms / norms.sum(1, keepdim=True)
+    return {
+        hook: {
+            "mean": _figure(share.mean()),
+            "quantiles": {str(q): _figure(share.quantile(q)) if len(share) else None for q in _QUANTILES},
+            "histogram": torch.histogram(share.cpu(), 10, range=(0.0, 1.0)).hist.long().tolist(),
+        }
+        for hook, share in zip(columns, shares.T, strict=True)
     }
 
 

@@ -3,13 +3,16 @@
 Clean and ablated figures are the same for all SAEs of a hook: they are taken once, as a `Baseline`, and kept on disk. What
 the divergence of an SAE needs beside them, the clean pass's logits, is too much to keep; one clean pass a batch of tokens
 serves all SAEs that are evaluated together.
+
+Where several hooks are predicted, one at a time is replaced, by what is predicted from the clean pass. A cross-layer transcoder
+is also a replacement of all hooks together (Ameisen et al. 2025, "Circuit Tracing", section 2): each is then predicted from what
+reaches it in that very pass.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from activation_store.files import write_json
-from activation_store.hooks import locate_hooks
+from activation_store.hooks import HookSite, locate_hooks
+from sae.architectures.cross_layer import CrossLayerTranscoder
 from sae.evaluation.bootstrap import Sums
 from sae.evaluation.held_out import SIDES, HeldOut
-from sae.evaluation.splice import Change, Passes, layers_below, next_logits
+from sae.evaluation.splice import Edit, Passes, next_logits
 from sae.sae import SAE
 
 Array = NDArray[np.float64]
+TOGETHER = "all hooks"
+"""Names, beside single hooks, the replacement of all by a cross-layer transcoder."""
 _VERSION = 1  # of what a baseline means: another one is measured anew
 
 
@@ -92,58 +98,116 @@ def loss_figures(s: Sums) -> dict[str, Array]:
 def measure(
     saes: Mapping[str, SAE], held_out: HeldOut, model: nn.Module, sequences: int, batch: int, *,
     cache: Path | None = None, progress: Callable[[int], None] = lambda tokens: None,
-) -> tuple[Baseline, dict[str, Spliced]]:  # fmt: skip
-    """Run the first `sequences` held-out sequences through the model, clean, ablated, and with each SAE spliced in.
+) -> dict[str, tuple[Baseline, dict[str, Spliced]]]:  # fmt: skip
+    """Run the first `sequences` held-out sequences through the model: clean, with each hook ablated, and with it spliced in.
 
-    All SAEs are of the held-out set's hooks. Counted are tokens that have a next one; with special tokens left out they
-    keep their own activation in spliced and ablated passes, and are not counted. A baseline that `cache`, a folder, holds is
+    Returns, by hook that is predicted, the baseline and each SAE's figures, and the same of `TOGETHER` for cross-layer
+    transcoders. All SAEs are of the held-out set's hooks. Counted are tokens that have a next one; with special tokens left out
+    they keep their own activation in spliced and ablated passes, and are not counted. A baseline that `cache`, a folder, holds is
     not measured again. `progress` is told of tokens as they pass through the model.
+
+    Raises RuntimeError where a transcoder's target is passed before what it reads.
     """
-    sites = locate_hooks(model, sorted({held_out.hook, held_out.hook_out}))
-    source, target = sites[held_out.hook], sites[held_out.hook_out]
+    sites = locate_hooks(model, sorted({*held_out.hooks, *held_out.hooks_out}))
+    reads, writes = ([sites[hook] for hook in hooks] for hooks in (held_out.hooks, held_out.hooks_out))
     device = next(iter(model.parameters())).device
-    path = cache / f"baseline-{_key(held_out, model, sequences, batch)}.json" if cache is not None else None
-    known = Baseline.load(path) if path is not None and path.exists() else None
+    every = {hook: [(site, columns)] for site, (hook, columns) in zip(writes, held_out.columns.items(), strict=True)}
+    if together(held_out):
+        every[TOGETHER] = [place for places in every.values() for place in places]
     shape = (len(SIDES), sequences)
-    base = known or Baseline(*(np.zeros(shape) for _ in fields(Baseline)))
-    spliced = {name: Spliced(np.zeros(shape), np.zeros(shape)) for name in saes}
-    below = layers_below(model, source, target)
+    paths = {hook: cache / f"baseline-{_key(held_out, hook, model, sequences, batch)}.json" for hook in every} if cache else {}
+    known = {hook: Baseline.load(path) for hook, path in paths.items() if path.exists()}
+    baselines = {hook: known.get(hook) or Baseline(*(np.zeros(shape) for _ in fields(Baseline))) for hook in every}
+    spliced = {hook: {name: Spliced(np.zeros(shape), np.zeros(shape)) for name in saes} for hook in every}
+    skip = True
     for start in range(0, sequences, batch):
         where = slice(start, min(start + batch, sequences))
         tokens = torch.from_numpy(held_out.tokens[where].astype(np.int64)).to(device)
-        passes = Passes(model, source, target, tokens, below)
-        if start == 0 and below and not passes.exact():
-            below = []
-            passes = Passes(model, source, target, tokens)
+        passes = Passes(model, list(sites.values()), tokens, skip)
+        if start == 0:
+            _require_order(list(passes.seen), reads, writes, held_out)
+            if not passes.exact(writes):
+                skip = False
+                passes = Passes(model, list(sites.values()), tokens, skip)
         plain = torch.from_numpy(~held_out.special[where]).to(device)
+        masks = (plain, torch.ones_like(plain))
         progress(plain.numel())
-        for side, mask in enumerate((plain, torch.ones_like(plain))):
-            if known is None:
-                base.tokens[side, where] = mask[:, :-1].sum(1).cpu()
-                base.clean[side, where] = _sums(cross_entropy(passes.logits, tokens), mask)
-                base.ablated[side, where], base.ablated_kl[side, where] = _cost(passes, mask, _zero)
-                progress(plain.numel())
-            for name, sae in saes.items():
-                spliced[name].ce[side, where], spliced[name].kl[side, where] = _cost(passes, mask, partial(_predict, sae))
-                progress(plain.numel())
-    if path is not None and known is None:
-        base.save(path)
-    return base, spliced
+        x = torch.cat([passes.seen[site].float() for site in reads], -1)
+        for hook, places in every.items():
+            base = baselines[hook]
+            for side, mask in enumerate(masks):
+                if hook not in known:
+                    base.tokens[side, where] = mask[:, :-1].sum(1).cpu()
+                    base.clean[side, where] = _sums(cross_entropy(passes.logits, tokens), mask)
+                    zero = {site: _writing(mask, torch.zeros((), device=device)) for site, _ in places}
+                    base.ablated[side, where], base.ablated_kl[side, where] = _cost(passes, mask, zero)
+                    progress(plain.numel())
+        for name, sae in saes.items():
+            y_hat = sae.reconstruct_sparse(x.to(sae.b_dec.device).flatten(0, -2))[1].to(device).view(*plain.shape, -1)
+            for hook, places in every.items():
+                for side, mask in enumerate(masks):
+                    if hook == TOGETHER:
+                        edits = _replacing(sae, reads, places, mask)
+                    else:
+                        edits = {site: _writing(mask, y_hat[..., columns]) for site, columns in places}
+                    into = spliced[hook][name]
+                    into.ce[side, where], into.kl[side, where] = _cost(passes, mask, edits)
+                    progress(plain.numel())
+    for hook, path in paths.items():
+        if hook not in known:
+            baselines[hook].save(path)
+    return {hook: (baselines[hook], spliced[hook]) for hook in every}
 
 
-def _cost(passes: Passes, mask: Tensor, change: Change) -> tuple[Array, Array]:
-    """Return cross-entropy and divergence summed by sequence, with change(x, y) in place of y where `mask` holds."""
-    logits = passes.changed(lambda x, y: torch.where(mask[..., None], change(x, y), y))
+def together(held_out: HeldOut) -> bool:
+    """Say whether all hooks are replaced together too: by what reads each before it predicts it."""
+    return len(held_out.hooks_out) > 1 and not held_out.predicts_its_input
+
+
+def _require_order(passed: list[HookSite], reads: list[HookSite], writes: list[HookSite], held_out: HeldOut) -> None:
+    """Raise RuntimeError where a target comes before its source: then it cannot be predicted while the model runs."""
+    for source, target, hook, hook_out in zip(reads, writes, held_out.hooks, held_out.hooks_out, strict=True):
+        if source != target and passed.index(target) < passed.index(source):
+            raise RuntimeError(f"{hook_out} is passed before {hook}, from which it is to be predicted")
+
+
+def _cost(passes: Passes, mask: Tensor, edits: Mapping[HookSite, Edit]) -> tuple[Array, Array]:
+    """Return cross-entropy and divergence summed by sequence, in a pass with the edits."""
+    logits = passes.changed(edits)
     return _sums(cross_entropy(logits, passes.tokens), mask), _sums(divergence(passes.logits, logits), mask)
 
 
-def _zero(x: Tensor, y: Tensor) -> Tensor:
-    return torch.zeros_like(y)
+def _writing(mask: Tensor, value: Tensor) -> Edit:
+    """Return the edit that puts `value` in place of y where `mask` holds."""
+    return lambda y: torch.where(mask[..., None], value.to(y), y)
 
 
-def _predict(sae: SAE, x: Tensor, y: Tensor) -> Tensor:
-    _, y_hat = sae.reconstruct_sparse(x.float().to(sae.b_dec.device).flatten(0, -2))
-    return y_hat.view(y.shape).to(y)
+def _replacing(
+    sae: SAE, reads: Sequence[HookSite], places: Sequence[tuple[HookSite, slice]], mask: Tensor
+) -> dict[HookSite, Edit]:  # fmt: skip
+    """Return the edits by which a cross-layer transcoder takes the place of all that it predicts, layer by layer."""
+    assert isinstance(sae, CrossLayerTranscoder)
+    y_hat: Tensor | None = None
+
+    def read(layer: SAE, written: int) -> Edit:
+        def edit(x: Tensor) -> None:
+            nonlocal y_hat
+            _, part = layer.reconstruct_sparse(x.float().to(layer.b_dec.device).flatten(0, -2))  # the first has all of b_dec
+            y_hat = part if written == 0 or y_hat is None else y_hat + nn.functional.pad(part, (written, 0))
+
+        return edit
+
+    def write(columns: slice) -> Edit:
+        def edit(y: Tensor) -> Tensor:
+            assert y_hat is not None
+            return torch.where(mask[..., None], y_hat[:, columns].to(y).view(*mask.shape, -1), y)
+
+        return edit
+
+    edits: dict[HookSite, Edit] = {}
+    for site, (layer, _, written), (target, columns) in zip(reads, sae, places, strict=True):
+        edits[site], edits[target] = read(layer, written), write(columns)
+    return edits
 
 
 def _sums(values: Tensor, mask: Tensor) -> Array:
@@ -152,11 +216,11 @@ def _sums(values: Tensor, mask: Tensor) -> Array:
     return found
 
 
-def _key(held_out: HeldOut, model: nn.Module, sequences: int, batch: int) -> str:
+def _key(held_out: HeldOut, hook: str, model: nn.Module, sequences: int, batch: int) -> str:
     """Name all that a baseline's numbers depend on, down to how sums are rounded."""
     parameter = next(iter(model.parameters()))
     facts: list[Any] = [
-        _VERSION, held_out.hash, held_out.hook_out, sequences, batch, str(parameter.dtype), parameter.device.type,
+        _VERSION, held_out.hash, hook, sequences, batch, str(parameter.dtype), parameter.device.type,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

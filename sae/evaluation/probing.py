@@ -40,7 +40,7 @@ def random_dictionary(sae: SAE, l0: float, mean: Tensor, seed: int) -> TopKSAE:
 
 @torch.inference_mode()
 def pooled_latents(
-    saes: Mapping[str, SAE], texts: Sequence[str], model: nn.Module, tokenizer: Any, store: ActivationStore, hook: str,
+    saes: Mapping[str, SAE], texts: Sequence[str], model: nn.Module, tokenizer: Any, store: ActivationStore, hooks: Sequence[str],
     config: ProbingConfig, batch: int, progress: Callable[[int], None] = lambda texts: None,
 ) -> tuple[dict[str, Any], NDArray[np.float32]]:  # fmt: skip
     """Return the pooled latents of each SAE, a scipy CSR matrix (text, d_sae), and pooled activations (text, d_in).
@@ -50,21 +50,22 @@ def pooled_latents(
     """
     from scipy.sparse import csr_array, vstack
 
-    site = locate_hooks(model, [hook])
+    sites = locate_hooks(model, list(hooks))
     device = next(iter(model.parameters())).device
     bos = [tokenizer.bos_token_id] if store.attrs.get("prepend_bos") and tokenizer.bos_token_id is not None else []
     special = torch.tensor(store.attrs["special_token_ids"])
     encoded = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=config.context - len(bos))["input_ids"]
     order = np.argsort([len(ids) for ids in encoded], kind="stable")
     parts: dict[str, list[Any]] = {name: [] for name in saes}
-    activations = np.zeros((len(texts), store.width(hook)), np.float32)
+    activations = np.zeros((len(texts), sum(store.width(hook) for hook in hooks)), np.float32)
     for start in range(0, len(texts), batch):
         chosen = order[start : start + batch]
         rows = [torch.tensor(bos + encoded[i]) for i in chosen]
         tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where a causal model's tokens do not look
         within = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         mask = within & ~torch.isin(tokens, special)
-        x = capture(model, site, tokens.to(device))[hook][mask.to(device)].float()
+        found = capture(model, sites, tokens.to(device))
+        x = torch.cat([found[hook][mask.to(device)].float() for hook in hooks], 1)
         text = mask.nonzero()[:, 0]
         activations[chosen] = pool_dense(x.cpu(), text, len(chosen), config.pooling).numpy()
         for name, sae in saes.items():
@@ -169,15 +170,15 @@ def probe_dataset(features: Mapping[str, Any], data: Labelled, config: ProbingCo
 
 def sparse_probing(
     saes: Mapping[str, SAE], l0: Mapping[str, float], datasets: Sequence[Labelled], model: nn.Module, tokenizer: Any,
-    store: ActivationStore, hook: str, config: ProbingConfig, batch: int, seed: int,
+    store: ActivationStore, hooks: Sequence[str], config: ProbingConfig, batch: int, seed: int,
     progress: Callable[[int], None] = lambda texts: None,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Return sparse probing's figures of each SAE (all of one hook, their L0 in `l0`): by data set, and means over tasks.
+    """Return sparse probing's figures of each SAE (all of the same hooks, their L0 in `l0`): by data set, and means over tasks.
 
     Dictionaries are "sae", "activations" and "random"; see `probe_dataset`. The model runs once over each text for all SAEs.
     A data set that cannot be probed stands there with the reason.
     """
-    mean = torch.from_numpy(np.asarray(store.statistics(hook).mean)).float()
+    mean = torch.from_numpy(np.concatenate([np.asarray(store.statistics(hook).mean) for hook in hooks])).float()
     random = {name: random_dictionary(sae, l0[name], mean, seed) for name, sae in saes.items()}
     both = {("sae", name): sae for name, sae in saes.items()} | {("random", name): sae for name, sae in random.items()}
     keyed = {"/".join(key): sae for key, sae in both.items()}
@@ -187,7 +188,7 @@ def sparse_probing(
             for result in results.values():
                 result["datasets"][data.name] = {"state": "undefined", "reason": data.reason}
             continue
-        latents, activations = pooled_latents(keyed, data.texts, model, tokenizer, store, hook, config, batch, progress)
+        latents, activations = pooled_latents(keyed, data.texts, model, tokenizer, store, hooks, config, batch, progress)
         shared = {"activations": activations}
         dense = probe_dataset(shared, data, config, seed)
         for name, result in results.items():

@@ -1,6 +1,6 @@
 """How well and how sparsely an SAE reconstructs the held-out rows of a store."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,31 +18,35 @@ from sae.sae import SAE
 DENSITY_EDGES = [-6.0 + 0.25 * i for i in range(25)]  # log10 of density, 1e-6 to 1
 _ROWS = 4096  # a read
 _CLUSTERS = 2048  # most that are resampled: with more sequences neighbours go together, and memory stays bounded
-_SCALARS = (
-    "tokens", "l0", "l1", "error", "square", "dot", "square_hat", "by_token",
-    "cosine", "cosine_tokens", "ratio", "ratio_tokens",
-)  # fmt: skip
+_OF_LATENTS = ("tokens", "l0", "l1")
+_OF_TARGET = ("error", "square", "dot", "square_hat", "by_token", "cosine", "cosine_tokens", "ratio", "ratio_tokens")
 
 
 @dataclass
 class _Tally:
-    """One side's sums: of scalars and of the target by cluster, float64 on the CPU, and counts by latent and by position."""
+    """One side's sums: by cluster of what latents and targets give, float64 on the CPU, and counts by latent and by position.
 
-    scalars: Tensor
-    target: Tensor
+    `targets` has a sum for each of `_OF_TARGET` and for each dimension: of all that is predicted first, then of each hook's part.
+    """
+
+    latents: Tensor
+    targets: list[tuple[Tensor, Tensor]]
     fired: Tensor
     position_l0: Tensor
     position_tokens: Tensor
 
     @classmethod
-    def empty(cls, clusters: int, sae: SAE, context: int, device: torch.device) -> "_Tally":
+    def empty(cls, clusters: int, sae: SAE, parts: Sequence[slice], context: int, device: torch.device) -> "_Tally":
         zeros = partial(torch.zeros, dtype=torch.float64)
+        widths = [len(range(sae.cfg.width_out)[part]) for part in parts]
+        targets = [(zeros(clusters, len(_OF_TARGET)), zeros(clusters, width)) for width in widths]
         fired = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
-        by_position = (zeros(context, device=device) for _ in range(2))
-        return cls(zeros(clusters, len(_SCALARS)), zeros(clusters, sae.cfg.width_out), fired, *by_position)
+        return cls(zeros(clusters, len(_OF_LATENTS)), targets, fired, *(zeros(context, device=device) for _ in range(2)))
 
-    def sums(self) -> dict[str, NDArray[np.float64]]:
-        return {**dict(zip(_SCALARS, self.scalars.T.numpy(), strict=True)), "target": self.target.numpy()}
+    def sums(self, part: int = 0) -> dict[str, NDArray[np.float64]]:
+        scalars, target = self.targets[part]
+        of_latents = dict(zip(_OF_LATENTS, self.latents.T.numpy(), strict=True))
+        return {**of_latents, **dict(zip(_OF_TARGET, scalars.T.numpy(), strict=True)), "target": target.numpy()}
 
     def figures(self) -> dict[str, Any]:
         everything = total(self.sums())
@@ -52,19 +56,23 @@ class _Tally:
         by_position = (self.position_l0 / self.position_tokens).tolist()
         return {
             "tokens": tokens,
-            **plain(_figures(everything)),
+            **plain(_of_latents(everything)),
+            **plain(_of_target(everything)),
             "dead_fraction": float((self.fired == 0).double().mean()),
             "density_histogram": torch.histogram(alive, torch.tensor(DENSITY_EDGES)).hist.long().tolist(),
             "l0_by_position": [value if value == value else None for value in by_position],
         }
 
 
-def _figures(s: Sums) -> dict[str, NDArray[np.float64]]:
+def _of_latents(s: Sums) -> dict[str, NDArray[np.float64]]:
     with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN here, and None in what is reported
+        return {"l0": s["l0"] / s["tokens"], "l1": s["l1"] / s["tokens"]}
+
+
+def _of_target(s: Sums) -> dict[str, NDArray[np.float64]]:
+    with np.errstate(divide="ignore", invalid="ignore"):
         variance = s["square"] - np.square(s["target"]).sum(-1) / s["tokens"]
         return {
-            "l0": s["l0"] / s["tokens"],
-            "l1": s["l1"] / s["tokens"],
             "mse": s["error"] / s["tokens"],
             "explained_variance": np.where(variance > 0, 1 - s["error"] / variance, np.nan),
             "explained_variance_by_token": s["by_token"] / s["tokens"],
@@ -74,11 +82,19 @@ def _figures(s: Sums) -> dict[str, NDArray[np.float64]]:
         }
 
 
+def _figures(s: Sums) -> dict[str, NDArray[np.float64]]:
+    return {**_of_latents(s), **_of_target(s)}
+
+
 @dataclass(frozen=True)
 class Reconstruction:
-    """The figures of each side, the intervals of those without special tokens, and what is linear in the error."""
+    """The figures of each side, the intervals of those without special tokens, and what is linear in the error.
+
+    `by_hook` has, where several hooks are predicted, the figures of each without special tokens.
+    """
 
     sides: dict[str, dict[str, Any]]
+    by_hook: dict[str, dict[str, Any]]
     intervals: dict[str, list[float] | None]
     dark_matter: dict[str, Any] | None
 
@@ -94,30 +110,35 @@ def reconstruct(
     about the store's mean (SAELens' figure until 6.45); cosine, the mean of cos(y, y_hat) where neither is zero; l2_ratio,
     the mean of ||y_hat|| / ||y||; relative_reconstruction_bias = E||y_hat||^2 / E[y_hat . y] (Rajamanoharan et al. 2024,
     "Improving Dictionary Learning with Gated Sparse Autoencoders", equation 10; below 1 is shrinkage); dead_fraction;
-    a histogram of log10 density; l0_by_position, by place in the sequence.
+    a histogram of log10 density; l0_by_position, by place in the sequence. Where several hooks are predicted, y is all of them
+    side by side, and each by itself in `by_hook`; there `dark_matter` is not taken.
     """
-    store, context, device = held_out.store, held_out.store.context, sae.b_dec.device
+    context, device = held_out.store.context, sae.b_dec.device
     clusters = min(held_out.sequences, _CLUSTERS)
-    tallies = {side: _Tally.empty(clusters, sae, context, device) for side in SIDES}
-    centre = torch.from_numpy(np.asarray(store.statistics(held_out.hook_out).mean)).to(device).double()
-    linear = ErrorRegression(sae.cfg.d_in, sae.cfg.width_out, device) if dark_matter else None
+    hooks = held_out.columns if len(held_out.columns) > 1 else {}
+    parts = [slice(None), *hooks.values()]
+    tallies = {side: _Tally.empty(clusters, sae, parts, context, device) for side in SIDES}
+    centre = torch.from_numpy(held_out.mean).to(device).double()
+    linear = ErrorRegression(sae.cfg.d_in, sae.cfg.width_out, device) if dark_matter and not hooks else None
     kept = torch.from_numpy(~held_out.special)
     step = max(1, _ROWS // context)
     for start in range(0, held_out.sequences, step):
         stop = min(start + step, held_out.sequences)
-        rows = slice((held_out.first + start) * context, (held_out.first + stop) * context)
-        x = store.read(held_out.hook, rows).to(device)
-        y = x if held_out.hook == held_out.hook_out else store.read(held_out.hook_out, rows).to(device)
+        x, y = held_out.read(start, stop)
+        x, y = x.to(device), x.to(device) if y is x else y.to(device)
         f, y_hat = sae.reconstruct_sparse(x)
         target, predicted = y.double(), y_hat.double()
         counts = f.row_sum((f.values > 0).float()).double()
-        scalars = _scalars(target, predicted, counts, f.row_sum(f.values.abs()).double(), centre)
+        of_latents = torch.stack([torch.ones_like(counts), counts, f.row_sum(f.values.abs()).double()], 1)
+        of_target = [_scalars(target[:, part], predicted[:, part], centre[part]) for part in parts]
         cluster = torch.arange(start, stop) * clusters // held_out.sequences
         plain_rows = kept[start:stop].reshape(-1).to(device)
         for side, tally in tallies.items():
             mask = plain_rows if side == "without_special" else torch.ones_like(plain_rows)
-            tally.scalars.index_add_(0, cluster, _by_sequence(scalars, mask, context))
-            tally.target.index_add_(0, cluster, _by_sequence(target, mask, context))
+            tally.latents.index_add_(0, cluster, _by_sequence(of_latents, mask, context))
+            for part, scalars, (into, dimensions) in zip(parts, of_target, tally.targets, strict=True):
+                into.index_add_(0, cluster, _by_sequence(scalars, mask, context))
+                dimensions.index_add_(0, cluster, _by_sequence(target[:, part], mask, context))
             tally.fired += (f if side == "with_special" else f.keep(mask[f.rows])).latent_counts()
             tally.position_l0 += torch.where(mask, counts, 0).view(-1, context).sum(0)
             tally.position_tokens += mask.view(-1, context).sum(0)
@@ -127,21 +148,23 @@ def reconstruct(
                 rows_of = plain_rows[part]
                 linear.update(x[part][rows_of], target[part][rows_of], predicted[part][rows_of], number)
         progress((stop - start) * context)
+    own = tallies["without_special"]
     return Reconstruction(
         {side: tally.figures() for side, tally in tallies.items()},
-        intervals(tallies["without_special"].sums(), _figures, resamples, seed),
+        {hook: plain(_of_target(total(own.sums(part)))) for part, hook in enumerate(hooks, 1)},
+        intervals(own.sums(), _figures, resamples, seed),
         linear.figures() if linear is not None else None,
     )
 
 
-def _scalars(y: Tensor, y_hat: Tensor, l0: Tensor, l1: Tensor, centre: Tensor) -> Tensor:
-    """Return what each token adds, (token, scalar), in the order of `_SCALARS`."""
+def _scalars(y: Tensor, y_hat: Tensor, centre: Tensor) -> Tensor:
+    """Return what each token adds, (token, scalar), in the order of `_OF_TARGET`."""
     error, square, square_hat = (y - y_hat).square().sum(1), y.square().sum(1), y_hat.square().sum(1)
     dot, size = (y * y_hat).sum(1), (square * square_hat).sqrt()
     by_token = 1 - error / (y - centre).square().sum(1)
     both, some = size > 0, square > 0
     columns = (
-        torch.ones_like(error), l0, l1, error, square, dot, square_hat, by_token,
+        error, square, dot, square_hat, by_token,
         torch.where(both, dot / size, 0), both, torch.where(some, (square_hat / square).sqrt(), 0), some,
     )  # fmt: skip
     return torch.stack([column.double() for column in columns], 1)

@@ -1,8 +1,9 @@
 """Passes of a model with a hook's activation replaced, in which the layers below the hook run only once."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,35 +11,54 @@ from torch import Tensor, nn
 
 from activation_store.hooks import HookSite, on_pass
 
-Change = Callable[[Tensor, Tensor], Tensor]
+Edit = Callable[[Tensor], Tensor | None]
+"""What happens to an activation as it passes: None leaves it, a tensor replaces it."""
 
 
 class Passes:
     """The passes over one batch of tokens (sequence, context): a clean one, at once, and any number of changed ones.
 
-    `below` are layers whose output is kept from the clean pass and taken again in the others: see `layers_below`.
+    In changed passes the layers below the first change give what they gave in the clean one, unless `skip` is false.
     """
 
-    def __init__(
-        self, model: nn.Module, source: HookSite, target: HookSite, tokens: Tensor, below: Sequence[nn.Module] = ()
-    ) -> None:  # fmt: skip
-        """Run the clean pass; `logits` (sequence, context - 1, vocabulary) are its."""
-        self.model, self.source, self.target, self.tokens, self.below = model, source, target, tokens, below
-        kept: list[Any] = []
-        with ExitStack() as stack:
-            if below:
-                stack.callback(below[-1].register_forward_hook(lambda _module, _args, out: kept.append(out)).remove)
-            self.logits = next_logits(model, tokens)
-        self._kept = kept[0] if kept else None
+    def __init__(self, model: nn.Module, sites: Sequence[HookSite], tokens: Tensor, skip: bool = True) -> None:
+        """Run the clean pass: `logits` (sequence, context - 1, vocabulary), and `seen` at the sites, in the order of passing.
 
-    def changed(self, change: Change) -> Tensor:
-        """Return the logits of a pass in which `target` passes on change(x, y) for y; x is what passes `source`."""
-        with replaced(self.model, self.source, self.target, change), _returning(self.below, self._kept):
+        Raises RuntimeError where the model never passes a site.
+        """
+        self.model, self.tokens, self.skip = model, tokens, skip
+        self.seen: dict[HookSite, Tensor] = {}
+        self._kept: dict[nn.Module, Any] = {}
+        tops = {layers[-1] for site in sites if (layers := self._below([site]))}
+        with ExitStack() as stack:
+            for layer in tops:
+                stack.callback(layer.register_forward_hook(self._keep).remove)
+            for site in sites:
+                look = partial(self.seen.__setitem__, site)
+                stack.enter_context(on_pass(model.get_submodule(site.path), site.side, look))
+            self.logits = next_logits(model, tokens)
+        missed = [f"{site.path} ({site.side})" for site in sites if site not in self.seen]
+        if missed:
+            raise RuntimeError(f"the model never passed {', '.join(missed)}")
+
+    def changed(self, edits: Mapping[HookSite, Edit]) -> Tensor:
+        """Return the logits of a pass with the edits, each at its site; the lowest must be one of the clean pass's sites."""
+        below = self._below(list(edits))
+        with ExitStack() as stack:
+            for site, edit in edits.items():
+                stack.enter_context(on_pass(self.model.get_submodule(site.path), site.side, edit))
+            stack.enter_context(_returning(below, self._kept[below[-1]] if below else None))
             return next_logits(self.model, self.tokens)
 
-    def exact(self) -> bool:
-        """Say whether a pass that changes nothing gives the clean one's logits: some models' layers see more than x."""
-        return torch.equal(self.changed(lambda x, y: y), self.logits)
+    def exact(self, sites: Sequence[HookSite]) -> bool:
+        """Say whether passes that change nothing give the clean one's logits: some models' layers see more than x."""
+        return all(torch.equal(self.changed({site: lambda x: x}), self.logits) for site in sites)
+
+    def _below(self, sites: Sequence[HookSite]) -> list[nn.Module]:
+        return layers_below(self.model, *sites) if self.skip else []
+
+    def _keep(self, layer: nn.Module, _args: Any, out: Any) -> None:
+        self._kept[layer] = out
 
 
 def layers_below(model: nn.Module, *sites: HookSite) -> list[nn.Module]:
@@ -61,33 +81,6 @@ def _returning(layers: Sequence[nn.Module], value: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
-
-
-@contextmanager
-def replaced(model: nn.Module, source: HookSite, target: HookSite, change: Change) -> Iterator[None]:
-    """Within the block, `target` passes on change(x, y): y is what it would have, x is what passes `source`.
-
-    Raises RuntimeError where a pass of the model reaches the target before the source, or never reaches it.
-    """
-    seen: list[Tensor] = []
-    passes = 0
-
-    def act(y: Tensor) -> Tensor:
-        nonlocal passes
-        passes += 1
-        if source == target:
-            return change(y, y)
-        if not seen:
-            raise RuntimeError(f"{target.path} ({target.side}) is passed before {source.path} ({source.side})")
-        return change(seen.pop(), y)
-
-    with ExitStack() as stack:
-        if source != target:
-            stack.enter_context(on_pass(model.get_submodule(source.path), source.side, seen.append))
-        stack.enter_context(on_pass(model.get_submodule(target.path), target.side, act))
-        yield
-    if not passes:
-        raise RuntimeError(f"the model never passed {target.path} ({target.side})")
 
 
 def next_logits(model: nn.Module, tokens: Tensor) -> Tensor:
