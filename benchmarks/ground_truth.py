@@ -1,10 +1,10 @@
 """How much of a synthetic model's known features SAEs find, ours and SAELens', from the very same rows.
 
 The model is `SyntheticModel.preset("small")`: superposition, Zipf firing, hierarchy, correlation. Both sides train on the rows of
-one file in its order: same learning rate, warm-up, decay, batch, steps, input scale, dead window. Beyond that each is run with
-those of its options that serve it best here, SAELens once with its defaults too. The learning rate is, of
-`RATES`, that at which SAELens' MCC is best. Where a coefficient sets L0, SAELens' is searched until L0 is near k, and ours
-is given k as its `target_l0`, put right in proportion where that is not near.
+one file in its order: same warm-up, decay, batch, steps, input scale, dead window. Beyond that each is run with
+those of its options that serve it best here, SAELens once with its defaults too, and at that learning rate of
+`RATES` which gives it the best MCC on the first seed. Where a coefficient sets L0, SAELens' is searched until L0 is near k,
+and ours is given k as its `target_l0`, put right in proportion where that is not near.
 Both are read and scored by the same code, on rows that neither has seen. Every run is kept in FOLDER/runs, and none that
 is there is made again, but ours with --again.
 
@@ -64,7 +64,7 @@ KINDS = {
     "standard": Kind(NOT_CENTRED, {"l1_warm_up_steps": WARM, "compile_sae": False}, None, "l1_coefficient", 2.0),
     "topk": Kind(FREE, {**NOT_RESCALED, "use_sparse_activations": False}, {**RESCALED, "use_sparse_activations": False}),
     "batchtopk": Kind(FREE, NOT_RESCALED, RESCALED),
-    "jumprelu": Kind(NOT_CENTRED, {"l0_warm_up_steps": WARM}, None, "l0_coefficient", 1.0),
+    "jumprelu": Kind({**NOT_CENTRED, "tanh_scale": 1.0}, {"l0_warm_up_steps": WARM}, None, "l0_coefficient", 1.0),
 }
 
 
@@ -194,26 +194,27 @@ def several(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(architecture: str, folder: Path) -> list[dict[str, Any]]:
-    """Choose the rate by SAELens' MCC at the full width, then train both sides at each width and seed."""
-    rates = {lr: near_k("saelens", Case(architecture, max(WIDTHS), 0, lr), folder) for lr in RATES}
-    lr = max(rates, key=lambda rate: rates[rate]["mcc"])
-    others = {rate: near_k("monosem", Case(architecture, max(WIDTHS), 0, rate), folder) for rate in RATES}
+    """Choose each side's rate by its MCC at the full width, then train at each width and seed."""
+    both = ("monosem", "saelens")
+    tried = {side: {lr: near_k(side, Case(architecture, max(WIDTHS), 0, lr), folder) for lr in RATES} for side in both}
+    best = {side: max(RATES, key=lambda lr: tried[side][lr]["mcc"]) for side in both}
     cases = []
     for d_sae in WIDTHS:
         sides = {}
-        for side in ("monosem", "saelens"):
+        for side, lr in best.items():
             first = near_k(side, Case(architecture, d_sae, 0, lr), folder)
             rest = [score(side, Case(architecture, d_sae, seed, lr), first["coefficient"], folder) for seed in range(1, SEEDS)]
-            sides[side] = several([first, *rest])
+            sides[side] = {"lr": lr, **several([first, *rest])}
         if KINDS[architecture].default is not None:
-            sides["saelens defaults"] = several([score("saelens defaults", Case(architecture, d_sae, 0, lr), None, folder)])
-        cases.append({"architecture": architecture, "d_sae": d_sae, "k": WIDTHS[d_sae], "lr": lr, "true_l0": first["true_l0"],
+            sides["saelens defaults"] = several(
+                [score("saelens defaults", Case(architecture, d_sae, 0, best["saelens"]), None, folder)]
+            )
+        cases.append({"architecture": architecture, "d_sae": d_sae, "k": WIDTHS[d_sae], "true_l0": first["true_l0"],
                       **sides})  # fmt: skip
-    tried = [
-        {"lr": rate, **{side: {n: found[rate][n] for n in ("mcc", "f1", "explained_variance", "l0")}
-                        for side, found in (("monosem", others), ("saelens", rates))}} for rate in RATES
-    ]  # fmt: skip
-    cases[0]["rates_tried"] = tried
+    cases[0]["rates_tried"] = [
+        {"lr": lr, **{side: {n: tried[side][lr][n] for n in ("mcc", "f1", "explained_variance", "l0")} for side in both}}
+        for lr in RATES
+    ]
     return cases
 
 

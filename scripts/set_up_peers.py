@@ -1,9 +1,9 @@
-"""Set up the SAE trainers that ours is measured against, each in an environment of its own.
+"""Set up the packages that ours is measured against, each in an environment of its own.
 
 Their requirements exclude one another and ours (SAELens wants transformer-lens < 4, dictionary_learning wants nnsight < 0.4),
 so none of them can stand in `.venv`. The torch is the same everywhere: a benchmark of trainers is not to be one of torches.
 
-    python scripts/set_up_peers.py [--only saelens sparsify dictionary_learning] [--folder .venv-peers]
+    python scripts/set_up_peers.py [--only saelens sparsify dictionary_learning neuron_explainer] [--folder .venv-peers]
 
 pip's own settings apply; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the small torch of a machine without
 a GPU. Environments that are current are left alone.
@@ -43,6 +43,7 @@ PEERS = {
         # package index fails beside a torch that was built for the CPU.
         unwanted=("torchvision",),
     ),
+    "neuron_explainer": Peer(("automated-interpretability==0.0.24", "numpy==1.26.4"), "neuron_explainer.explanations.scoring"),
 }
 
 

@@ -1,14 +1,17 @@
 """Scores of predicted activations against hand-made arithmetic, numpy and what the definitions imply."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import r2_score
 
-from explain.scores import correlation_scores
+from explain.scores import correlation_intervals, correlation_scores
 
 # Integers make every mean and product well conditioned; a list that varies spreads over at least 1 of at most 2000.
 values = st.lists(st.integers(-1000, 1000), min_size=2, max_size=40)
@@ -163,3 +166,93 @@ def test_tensors_arrays_and_lists_score_alike() -> None:
     true, predicted = [[0.0, 1.0], [2.0, 3.0]], [[1.0, 1.0], [2.0, 4.0]]
     expected = correlation_scores(true, predicted)
     assert correlation_scores([torch.tensor(t) for t in true], [np.array(p, np.float16) for p in predicted]) == expected
+
+
+def test_scores_equal_those_of_neuron_explainer() -> None:
+    """On its own neurons and puzzles, by its own code: scripts/golden_explain.py."""
+    golden = json.loads((Path(__file__).parent / "golden" / "neuron-explainer-scores.json").read_text())
+    assert len(golden["cases"]) == 48
+    for case in golden["cases"]:
+        ours = correlation_scores(case["true"], case["predicted"])
+        for name in ("ev_correlation", "rsquared", "absolute_dev_explained"):
+            assert getattr(ours, name) == pytest.approx(case[name], abs=1e-9), case["neuron"]
+
+
+@given(varied)
+def test_the_centred_r2_is_scikit_learns(pair: tuple[list[int], list[int]]) -> None:
+    true, predicted = pair
+    assert correlation_scores([true], [predicted]).rsquared_centred == pytest.approx(r2_score(true, predicted), rel=1e-9)
+
+
+@given(st.lists(st.tuples(varied, st.integers(0, 4)), min_size=1, max_size=5).filter(lambda many: any(w for _, w in many)))
+def test_a_weight_is_as_many_sequences(many: list[tuple[tuple[list[int], list[int]], int]]) -> None:
+    true, predicted, weights = [pair[0] for pair, _ in many], [pair[1] for pair, _ in many], [w for _, w in many]
+    repeated = [[part for part, w in zip(side, weights, strict=True) for _ in range(w)] for side in (true, predicted)]
+    weighted, plain = correlation_scores(true, predicted, weights), correlation_scores(*repeated)
+    for name, value in vars(plain).items():
+        assert vars(weighted)[name] == pytest.approx(value, abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [1.0, math.nan]])
+def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="weights: "):
+        correlation_scores([[0, 1], [1, 2]], [[0, 1], [1, 2]], weights)
+
+
+def explained(chance: np.random.Generator, sequences: int, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """A sparse unit in sequences of 16 tokens that share how strongly it fires, and predictions that miss a third."""
+    fires = chance.random((sequences, 16)) < rate
+    true = fires * chance.exponential(1.0, (sequences, 1)) * (1 + chance.random((sequences, 16)))
+    return true, np.where(chance.random(true.shape) < 0.7, fires, 0) * 1.0
+
+
+def test_intervals_hold_the_population_as_often_as_they_say() -> None:
+    chance = np.random.default_rng(1)
+    truth = correlation_scores(*map(list, explained(chance, 40_000, 0.1)))
+    held = dict.fromkeys(vars(truth), 0)
+    for seed in range(150):
+        found = correlation_intervals(*map(list, explained(chance, 60, 0.1)), resamples=300, seed=seed)
+        for name, interval in found.items():
+            assert interval is not None
+            held[name] += interval[0] <= vars(truth)[name] <= interval[1]
+    assert all(count >= 0.8 * 150 for count in held.values()), held  # as the docstring says: somewhat less than 95 %
+    assert any(count < 150 for count in held.values())
+
+
+def test_intervals_are_about_the_score_and_shrink() -> None:
+    chance = np.random.default_rng(2)
+    widths = []
+    for sequences in (20, 320):
+        true, predicted = map(list, explained(chance, sequences, 0.2))
+        scores, found = correlation_scores(true, predicted), correlation_intervals(true, predicted)
+        for name, interval in found.items():
+            assert interval is not None
+            assert interval[0] <= vars(scores)[name] <= interval[1]
+        low, high = found["ev_correlation"] or (0.0, 0.0)
+        widths.append(high - low)
+    assert widths[0] > 2.5 * widths[1]  # sixteen times as many sequences: about four
+
+
+def test_one_strong_sequence_is_drawn_in_every_resample_of_its_stratum() -> None:
+    """Of twenty sequences one fires: without strata a third of the resamples have nothing to correlate with."""
+    true = [[0.0, 1.0, 0.0, 2.0], *([0.0] * 4 for _ in range(19))]
+    predicted = [[0.0, 1.0, 0.0, 1.0], *([0.0] * 3 + [float(i % 2)] for i in range(19))]
+    assert correlation_intervals(true, predicted)["ev_correlation"] is None
+    strata = ["top", *["random"] * 19]
+    low, high = correlation_intervals(true, predicted, strata=strata)["ev_correlation"] or (0.0, 0.0)
+    assert 0 < low < correlation_scores(true, predicted).ev_correlation < high
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e-6, 1e6, 1e150])
+def test_intervals_do_not_know_the_scale(scale: float) -> None:
+    chance = np.random.default_rng(3)
+    true, predicted = explained(chance, 30, 0.2)
+    plain = correlation_intervals(list(true), list(predicted))
+    scaled = correlation_intervals(list(true * scale), list(predicted * scale))
+    for name, interval in plain.items():
+        assert scaled[name] == pytest.approx(interval, rel=1e-6)
+
+
+def test_a_single_sequence_or_nothing_has_no_interval() -> None:
+    assert set(correlation_intervals([[0, 1, 2]], [[0, 1, 1]]).values()) == {None}
+    assert set(correlation_intervals([], []).values()) == {None}

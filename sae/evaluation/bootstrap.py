@@ -13,22 +13,29 @@ Figures = Callable[[Sums], dict[str, NDArray[np.float64]]]
 
 
 def intervals(
-    sums: Sums, figures: Figures, resamples: int, seed: int, level: float = 0.95
+    sums: Sums, figures: Figures, resamples: int, seed: int, level: float = 0.95, *,
+    strata: NDArray[np.int64] | None = None, defined: float = 1.0,
 ) -> dict[str, list[float] | None]:  # fmt: skip
-    """Return the percentile interval of each figure; None where it is undefined in a resample, or nothing can be resampled.
+    """Return the percentile interval of each figure; None where nothing can be resampled, or it is undefined too often.
 
-    `sums` are (cluster, ...) each; a resample draws as many clusters as there are, with replacement. One product with a
-    (resample, cluster) matrix of counts does all.
+    `sums` are (cluster, ...) each; a resample draws as many clusters as there are, with replacement, from each of `strata`
+    (cluster,) as many as it has: those whose numbers were fixed beforehand. One product with a (resample, cluster) matrix of
+    counts does all. A share of `defined` of the resamples must have the figure; the interval is of these.
     """
     clusters = len(next(iter(sums.values())))
     if clusters < 2 or resamples < 1:
         return dict.fromkeys(figures(total(sums)))
-    counts = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples).astype(float)
+    chance, counts = np.random.default_rng(seed), np.zeros((resamples, clusters))
+    for stratum in np.unique(strata) if strata is not None else (None,):
+        members = np.arange(clusters) if stratum is None else np.flatnonzero(strata == stratum)
+        counts[:, members] = chance.multinomial(len(members), np.full(len(members), 1 / len(members)), size=resamples)
     drawn = {name: (counts @ values.reshape(clusters, -1)).reshape(-1, *values.shape[1:]) for name, values in sums.items()}
     tail = (1 - level) / 2
     found: dict[str, list[float] | None] = {}
     for name, values in figures(drawn).items():
-        found[name] = np.quantile(values, [tail, 1 - tail]).tolist() if np.isfinite(values).all() else None
+        known = values[np.isfinite(values)]
+        enough = len(known) >= max(defined * len(values), 1)
+        found[name] = np.quantile(known, [tail, 1 - tail]).tolist() if enough else None
     return found
 
 
