@@ -74,14 +74,40 @@ def _masked(text: str) -> str:
     return text.replace(key, "[key]") if key else text
 
 
+def content_key(request: Any) -> str:
+    """Return the hash of all that decides an answer."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """Answers by the key of what was asked, one line each in a file: what was answered once is not asked again."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what was answered before."""
+        self._path = path
+        self._answers = {line["key"]: str(line["answer"]) for line in read_json_lines(path)}
+
+    def __contains__(self, key: str) -> bool:
+        """Say whether there is an answer."""
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> str:
+        """Return the answer."""
+        return self._answers[key]
+
+    def add(self, key: str, answer: str) -> None:
+        """Write an answer down, at once."""
+        append_json_line(self._path, {"key": key, "answer": answer})
+        self._answers[key] = answer
+
+
 class ChatClient:
     """Chat completions with a journal: one line a request, keyed by a hash of all that decides the answer."""
 
     def __init__(self, config: ExplainConfig, journal: Path) -> None:
         """Read what was answered before; open no connection yet."""
         self.config = config
-        self._journal = journal
-        self._answers = {line["key"]: line["answer"] for line in read_json_lines(journal)}
+        self._journal = Journal(journal)
         self._client = connect(config)
         self._slots = asyncio.Semaphore(config.concurrency)
         self._counts = {"requests_sent": 0, "requests_from_journal": 0, "prompt_tokens": 0, "completion_tokens": 0}
@@ -104,10 +130,10 @@ class ChatClient:
             }  # fmt: skip
         elif self.config.response_format == "json_object":
             request["response_format"] = {"type": "json_object"}
-        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-        if key in self._answers:
+        key = content_key(request)
+        if key in self._journal:
             self._counts["requests_from_journal"] += 1
-            return str(self._answers[key])
+            return self._journal[key]
         async with self._slots:
             self._counts["requests_sent"] += 1
             try:
@@ -126,8 +152,7 @@ class ChatClient:
         if not isinstance(text, str):
             raise UnusableReply(f"the server's reply holds no text: {_masked(str(reply))[:120]!r}")
         text = _masked(text)
-        append_json_line(self._journal, {"key": key, "answer": text})
-        self._answers[key] = text
+        self._journal.add(key, text)
         return text
 
     def usage(self) -> dict[str, int]:

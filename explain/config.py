@@ -16,7 +16,7 @@ class ExplainConfig(Section):
     of `window` tokens: proposals see training windows only, scores come from held-out ones only.
     """
 
-    backend: Literal["lookup", "openai"] = "lookup"
+    backend: Literal["lookup", "openai", "local"] = "lookup"
     sae: str | None = None
     latents: NonNegativeInt | tuple[NonNegativeInt, ...] = 50
     neurons: NonNegativeInt | tuple[NonNegativeInt, ...] = 0
@@ -28,7 +28,11 @@ class ExplainConfig(Section):
     test_sampled: int = Field(default=5, ge=0)
     test_random: int = Field(default=10, ge=0)
     shuffled_control: bool = True
+    resamples: int = Field(default=1000, ge=0, description="of the bootstrap behind intervals; 0: no intervals")
     checkpoint_seconds: float = Field(default=30.0, gt=0)
+    # The local backend: `model` is a hub id, a folder or a .gguf file, run in this process
+    local_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    local_device: str = "auto"
     # The openai backend: any OpenAI-compatible chat server; the key comes from OPENAI_API_KEY alone
     model: str = "gpt-4o-mini"
     base_url: str | None = None

@@ -14,12 +14,13 @@ from activation_store.errors import InputError
 from activation_store.files import append_json_line, read_json_lines, write_json, write_json_lines
 from activation_store.progress import Progress
 from activation_store.store import ActivationStore
-from explain.backends import Backend, Explanation, LookupBackend, RequestFailed, make_backend
+from explain.backends import Backend, Explanation, LookupBackend, RequestFailed, Simulation, make_backend
 from explain.config import ExplainConfig
 from explain.evidence import Evidence, gather_evidence
 from explain.examples import Unit, choose_units
-from explain.scores import correlation_scores
+from explain.scores import correlation_intervals, correlation_scores
 from sae.architectures.identity import IdentitySAE
+from sae.evaluation.bootstrap import intervals
 from sae.sae import SAE, LatentStatistics
 
 
@@ -72,7 +73,7 @@ def explain(
         "backend": config.backend,
         **backend.facts(),
         "dictionaries": {
-            name: {**counted, **_summary([line for line in lines if line["dictionary"] == name])}
+            name: {**counted, **_summary([line for line in lines if line["dictionary"] == name], config.resamples, seed)}
             for name, counted in json.loads(counts_file.read_text()).items()
         },
     }
@@ -185,11 +186,15 @@ async def _describe_and_score(
         true = [example.activations for example in unit.test]
         explanation = explanations[unit.name]
         line: dict[str, Any] = {"unit": unit.name, "description": explanation.text}
-        own = [await backend.simulate(explanation, example) for example in unit.test]
+        simulations = await backend.simulate(explanation, unit.test)
+        own = [simulation.expected for simulation in simulations]
         line["predicted"] = own
+        line["label_mass"] = _mean_mass(simulations)
         line |= {key: _number(value) for key, value in vars(correlation_scores(true, own)).items()}
+        kinds = [example.kind for example in unit.test]  # their numbers were chosen: they stay as they are in resamples
+        line["intervals"] = correlation_intervals(true, own, strata=kinds, resamples=config.resamples, seed=seed)
         table = await lookup.propose(unit)
-        by_lookup = [await lookup.simulate(table, example) for example in unit.test]
+        by_lookup = [simulation.expected for simulation in await lookup.simulate(table, unit.test)]
         line["lookup_correlation"] = _number(correlation_scores(true, by_lookup).ev_correlation)
         return line
 
@@ -201,7 +206,7 @@ async def _describe_and_score(
         if stranger is None:
             return False
         try:
-            shuffled = [await backend.simulate(stranger, example) for example in unit.test]
+            shuffled = [simulation.expected for simulation in await backend.simulate(stranger, unit.test)]
         except RequestFailed:
             return False
         true = [example.activations for example in unit.test]
@@ -227,6 +232,12 @@ def _derangement(units: list[Unit], seed: int) -> dict[str, str]:
     return result
 
 
+def _mean_mass(simulations: list[Simulation]) -> float | None:
+    """Return the mean probability given to levels, None of an instrument that does not say."""
+    masses = [mass for simulation in simulations for mass in simulation.mass or ()]
+    return sum(masses) / len(masses) if masses else None
+
+
 def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -237,7 +248,7 @@ def _final_line(unit: Unit, result: dict[str, Any] | None, failure: str | None) 
         "unit": unit.name, "dictionary": unit.dictionary, "hook": unit.hook, "latent": unit.latent,
         "density": unit.density, "max_activation": unit.max_activation, "state": "scored", "reason": None,
         "description": None, "ev_correlation": None, "rsquared": None, "absolute_dev_explained": None,
-        "lookup_correlation": None, "shuffled_correlation": None,
+        "rsquared_centred": None, "intervals": None, "label_mass": None, "lookup_correlation": None, "shuffled_correlation": None,
         "train_windows": [e.window for e in unit.train], "test_windows": [e.window for e in unit.test],
         "test_tokens": sum(len(e.tokens) for e in unit.test),
     }  # fmt: skip
@@ -252,15 +263,30 @@ def _final_line(unit: Unit, result: dict[str, Any] | None, failure: str | None) 
     return line
 
 
-def _summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return counts by state and the means over scored units; each mean says over how many."""
+def _summary(lines: list[dict[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
+    """Return counts by state, means over scored units, each with over how many, and margins over the controls.
+
+    A margin is the mean, over units that have both, of a unit's score less its control's, with a 95 % bootstrap interval over
+    units: where that holds 0, descriptions are not shown to be worth more than the control.
+    """
+    scored = [line for line in lines if line["state"] == "scored"]
 
     def mean(key: str) -> dict[str, Any]:
-        values = [line[key] for line in lines if line["state"] == "scored" and line[key] is not None]
+        values = [line[key] for line in scored if line[key] is not None]
         error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
         return {"mean": float(np.mean(values)) if values else None, "standard_error": error, "units": len(values)}
 
+    def margin(control: str) -> dict[str, Any]:
+        own = np.array([line["ev_correlation"] - line[control] for line in scored if line[control] is not None])
+        sums = {"units": np.ones(len(own)), "margin": own}
+        if not len(own):
+            return {"mean": None, "interval": None, "units": 0}
+        interval = intervals(sums, lambda s: {"margin": s["margin"] / s["units"]}, resamples, seed)["margin"]
+        return {"mean": float(own.mean()), "interval": interval, "units": len(own)}
+
     states = {state: sum(line["state"] == state for line in lines) for state in ("scored", "undefined", "failed")}
-    keys = ("ev_correlation", "rsquared", "absolute_dev_explained", "lookup_correlation", "shuffled_correlation")
+    scores = ("ev_correlation", "rsquared", "absolute_dev_explained", "rsquared_centred")
+    keys = (*scores, "lookup_correlation", "shuffled_correlation", "label_mass")
+    margins = {name: margin(f"{name}_correlation") for name in ("shuffled", "lookup")}
     reasons = sorted({line["reason"] for line in lines if line["state"] == "failed"})
-    return {**states, **{key: mean(key) for key in keys}, "failure_reasons": reasons[:5]}
+    return {**states, **{key: mean(key) for key in keys}, "margins": margins, "failure_reasons": reasons[:5]}

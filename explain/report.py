@@ -31,7 +31,11 @@ _FIGURES = {
     "ce_ablated": "Cross-entropy, zero-ablated", "tokens": "Tokens", "ce_tokens": "Tokens behind the cross-entropies",
 }  # fmt: skip
 _CONTROLS = {"ev_correlation": "Score (Pearson)", "lookup_correlation": "Lookup", "shuffled_correlation": "Shuffled"}
-_SCORES = {**_CONTROLS, "rsquared": "R²", "absolute_dev_explained": "Abs. dev. explained"}
+_SCORES = {
+    **_CONTROLS, "rsquared": "R²", "rsquared_centred": "R², centred", "absolute_dev_explained": "Abs. dev. explained",
+    "label_mass": "Mass on levels",
+}  # fmt: skip
+_MARGINS = {"shuffled": "Over shuffled", "lookup": "Over lookup"}
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,11 @@ def _evaluation(evaluation: dict[str, Any]) -> Html:
     return _table(["", "without special tokens", "with special tokens"], rows, caption)
 
 
+def _span(interval: list[float] | None) -> str:
+    """Return an interval in words, nothing where there is none."""
+    return f" {interval[0]:z.2f} to {interval[1]:z.2f}" if interval else ""
+
+
 def _score_means(summary: dict[str, Any]) -> list[Html]:
     """Return the table of means, each with its standard error and count, and what the instrument was."""
 
@@ -253,12 +262,19 @@ def _score_means(summary: dict[str, Any]) -> list[Html]:
         value = _figure(cell["mean"], "no scored unit has it", "z.2f")
         return join(value, tag("small", f"{error} n = {cell['units']}"))
 
+    def margin(cell: dict[str, Any]) -> Html:
+        value = _figure(cell["mean"], "no unit has both", "z.2f")
+        return join(value, tag("small", f"{_span(cell['interval'])} n = {cell['units']}"))
+
     rows, reasons = [], []
     counts = ("scored", "undefined", "failed", "chosen", "eligible")
     for name, means in summary["dictionaries"].items():
-        rows.append([name, *(mean(means[key]) for key in _SCORES), *(_figure(means.get(count)) for count in counts)])
+        margins = (margin(means["margins"][key]) for key in _MARGINS)
+        cells = (*(mean(means[key]) for key in _SCORES), *margins, *(_figure(means.get(count)) for count in counts))
+        rows.append([name, *cells])
         reasons += [tag("li", f"{name}: {reason}") for reason in means["failure_reasons"]]
-    parts = [_table(["", *_SCORES.values(), *counts], rows, "Mean scores ± standard error, over scored units")]
+    caption = "Mean scores ± standard error over scored units; margins over controls with 95 % intervals over units"
+    parts = [_table(["", *_SCORES.values(), *_MARGINS.values(), *counts], rows, caption)]
     if reasons:
         parts.append(tag("div", tag("p", "Why units failed"), tag("ul", *reasons), class_="reason"))
     return [*parts, _facts("Instrument", {name: value for name, value in summary.items() if name != "dictionaries"})]
@@ -341,7 +357,11 @@ def _page(name: str, line: dict[str, Any], reason: str, inputs: ReportInputs) ->
     why = tag("p", f"{line['state'].capitalize()}: {reason}", class_="reason") if reason else Html("")
     facts = {"hook": line.get("hook"), "density": _percent(line.get("density"))}
     facts |= {"maximum on training": _figure(line.get("max_activation")), "held-out tokens": line.get("test_tokens")}
-    scores = {label: _figure(line.get(key), reason or "undefined or not run", "z.2f") for key, label in _SCORES.items()}
+    intervals = line.get("intervals") or {}
+    scores = {
+        label: join(_figure(line.get(key), reason or "undefined or not run", "z.2f"), tag("small", _span(intervals.get(key))))
+        for key, label in _SCORES.items()
+    }
     left = [_list(facts), tag("h3", "Description against held-out truth"), _list(scores)]
     left.append(_histogram(inputs.histograms.get(name), line.get("density")))
     left.append(_output_tokens(inputs.output_tokens.get(name)))

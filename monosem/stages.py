@@ -197,6 +197,10 @@ def _explain(run: Run) -> dict[str, Any]:
         for key in ("ev_correlation", "shuffled_correlation", "lookup_correlation"):
             if found[key]["mean"] is not None:
                 figures[f"{prefix}{key}"] = found[key]["mean"]
+        for control, margin in found["margins"].items():
+            if margin["interval"] is not None:
+                low, high = margin["interval"]
+                figures[f"{prefix}margin_over_{control}"] = f"{margin['mean']:.3f} ({low:.3f} to {high:.3f})"
         failed += found["failed"]
         for reason in found["failure_reasons"]:
             console.print(f"[yellow]![/] {name}: failed: {escape(reason)}")

@@ -36,6 +36,8 @@ from activation_store.files import read_json_lines
 from explain.config import ExplainConfig
 from explain.evidence import gather_evidence
 from explain.examples import Example, Unit, assert_disjoint, choose_units
+from explain.explain import _summary
+from explain.scores import correlation_intervals
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.standard import StandardSAE
 from sae.sae import SAE, SAEConfig
@@ -658,3 +660,47 @@ def test_each_module_can_be_imported_first() -> None:
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_intervals_and_margins_can_be_computed_again(done: Path) -> None:
+    lines = [line for line in read_json_lines(done / "scores.jsonl") if line["state"] == "scored"]
+    results = {line["unit"]: line for line in read_json_lines(done / "results.jsonl")}
+    units = {unit.name: unit for unit in (Unit.of_json(line) for line in read_json_lines(done / "units.jsonl"))}
+    assert lines
+    for line in lines:
+        test = units[line["unit"]].test
+        true, kinds = [example.activations for example in test], [example.kind for example in test]
+        again = correlation_intervals(true, results[line["unit"]]["predicted"], strata=kinds, seed=11)
+        for name, interval in line["intervals"].items():
+            assert interval == pytest.approx(again[name], abs=1e-4)  # activations are rounded in the file
+            if interval is not None:
+                assert interval[0] <= line[name] + 1e-9
+                assert line[name] <= interval[1] + 1e-9
+    summary = json.loads((done / "summary.json").read_text())["dictionaries"]
+    for name, found in summary.items():
+        own = [line for line in lines if line["dictionary"] == name]
+        for control in ("shuffled", "lookup"):
+            both = [line for line in own if line[f"{control}_correlation"] is not None]
+            margins = [line["ev_correlation"] - line[f"{control}_correlation"] for line in both]
+            margin = found["margins"][control]
+            assert margin["units"] == len(margins)
+            assert margin["mean"] == pytest.approx(np.mean(margins)) if margins else margin["mean"] is None
+            if margin["interval"]:
+                assert margin["interval"][0] <= margin["mean"] <= margin["interval"][1]
+
+
+def test_a_margin_is_of_pairs() -> None:
+    """Scores 0.9 and 0.5, controls 0.1 and 0.3: margins 0.8 and 0.2. A unit without its control is in none."""
+    others = ("rsquared", "absolute_dev_explained", "rsquared_centred", "label_mass")
+    line: dict[str, Any] = {"state": "scored", "reason": None, **dict.fromkeys(others)}
+    lines = [
+        {**line, "ev_correlation": 0.9, "shuffled_correlation": 0.1, "lookup_correlation": None},
+        {**line, "ev_correlation": 0.5, "shuffled_correlation": 0.3, "lookup_correlation": None},
+        {**line, "ev_correlation": -1.0, "shuffled_correlation": None, "lookup_correlation": None},
+        {**line, "state": "failed", "ev_correlation": None, "shuffled_correlation": 0.7, "lookup_correlation": None},
+    ]
+    margins = _summary(lines, 500, 0)["margins"]
+    assert margins["shuffled"]["mean"] == pytest.approx(0.5)
+    assert margins["shuffled"]["interval"] == pytest.approx([0.2, 0.8])  # a quarter of the resamples have one unit twice
+    assert margins["shuffled"]["units"] == 2
+    assert margins["lookup"] == {"mean": None, "interval": None, "units": 0}

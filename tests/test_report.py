@@ -41,9 +41,15 @@ def unit(dictionary: str, latent: int, tokens: list[str] = TOKENS) -> dict[str, 
     return {**facts, "density": 0.01 / (latent + 1), "max_activation": 8.0, "train": train, "test": test}
 
 
+KEYS = (
+    "ev_correlation", "rsquared", "absolute_dev_explained", "rsquared_centred", "lookup_correlation", "shuffled_correlation",
+    "label_mass",
+)  # fmt: skip
+
+
 def line(of: dict[str, Any], state: str, reason: str | None = None, description: str | None = None) -> dict[str, Any]:
-    keys = ("ev_correlation", "rsquared", "absolute_dev_explained", "lookup_correlation", "shuffled_correlation")
-    figures = {key: 0.9 - 0.1 * of["latent"] if state == "scored" else None for key in keys}
+    figures = {key: 0.9 - 0.1 * of["latent"] if state == "scored" else None for key in KEYS}
+    figures["intervals"] = {"ev_correlation": [0.31, 0.97], "rsquared": None} if state == "scored" else None
     facts = {key: of[key] for key in ("dictionary", "hook", "latent", "density", "max_activation")}
     name = f"{of['dictionary']}/{of['latent']}"
     return {"unit": name, **facts, "state": state, "reason": reason, "description": description, **figures, "test_tokens": 18}
@@ -60,7 +66,8 @@ def inputs(text: str = "plain") -> ReportInputs:
     units = [unit("sae", 0, [*TOKENS[:5], text]), *(unit("sae", n) for n in (1, 2, 3)), unit("neurons", 4)]
     mean = {"mean": 0.8, "standard_error": 0.1, "units": 3}
     none = {"mean": None, "standard_error": None, "units": 0}
-    keys = ("ev_correlation", "rsquared", "absolute_dev_explained", "lookup_correlation", "shuffled_correlation")
+    over, no = {"mean": 0.5, "interval": [0.42, 0.58], "units": 3}, {"mean": None, "interval": None, "units": 0}
+    margins = {"shuffled": over, "lookup": no}
     counts = {"latents": 64, "eligible": 60, "chosen": 4, "scored": 2, "undefined": 1, "failed": 1}
     figures = {
         "l0": 12.5, "mse": 3.25, "explained_variance": 0.9, "dead_fraction": 0.0, "tokens": 1000, "ce_tokens": 500,
@@ -75,8 +82,8 @@ def inputs(text: str = "plain") -> ReportInputs:
         summary={
             "backend": "openai", "instrument": text,
             "dictionaries": {
-                "sae": {**counts, **dict.fromkeys(keys, mean), "failure_reasons": [text]},
-                "neurons": {**counts, **dict.fromkeys(keys, none), "failure_reasons": []},
+                "sae": {**counts, **dict.fromkeys(KEYS, mean), "margins": margins, "failure_reasons": [text]},
+                "neurons": {**counts, **dict.fromkeys(KEYS, none), "margins": dict.fromkeys(margins, no), "failure_reasons": []},
             },
         },
         scores=[
@@ -178,7 +185,7 @@ def test_units_without_a_score_say_why_and_show_no_zero(page: Page) -> None:
         assert reason in feature.all("span", "description")[0].text
         assert reason in feature.all("article")[0].all("p", "reason")[0].text
         figures = feature.all("article")[0].all("dl")[1].all("dd")
-        assert [dd.text for dd in figures] == ["–"] * 5
+        assert [dd.text for dd in figures] == ["–"] * len(KEYS)
     assert page.feature("sae-1").all("span", "score")[0].text == "0.80"
 
 

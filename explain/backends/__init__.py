@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
-from explain.backends.backend import Backend, Explanation
+from explain.backends.backend import Backend, Explanation, Simulation
 from explain.backends.chat import ChatBackend
+from explain.backends.local import LocalBackend
 from explain.backends.lookup import LookupBackend
 from explain.client import RequestFailed
 from explain.config import ExplainConfig
 
-__all__ = ["BACKENDS", "Backend", "ChatBackend", "Explanation", "LookupBackend", "RequestFailed", "make_backend"]
+__all__ = [
+    "BACKENDS", "Backend", "ChatBackend", "Explanation", "LocalBackend", "LookupBackend", "RequestFailed", "Simulation",
+    "make_backend",
+]  # fmt: skip
 
-BACKENDS: dict[str, type[Backend]] = {"lookup": LookupBackend, "openai": ChatBackend}
+BACKENDS: dict[str, type[Backend]] = {"lookup": LookupBackend, "openai": ChatBackend, "local": LocalBackend}
 
 
 def make_backend(config: ExplainConfig, folder: Path) -> Backend:

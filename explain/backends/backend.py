@@ -1,5 +1,6 @@
 """What a backend is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,18 @@ class Explanation:
     table: dict[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Simulation:
+    """The activations that an explanation leads to expect on the tokens of a window.
+
+    `mass`, where the instrument has it, is the probability that it gave to the levels at all, a token: where little, the expected
+    value says little.
+    """
+
+    expected: list[float]
+    mass: list[float] | None = None
+
+
 class Backend(Protocol):
     """Proposes descriptions and simulates activations from them."""
 
@@ -31,8 +44,8 @@ class Backend(Protocol):
         """Describe a unit from its training examples. Raises explain.client.RequestFailed."""
         ...
 
-    async def simulate(self, explanation: Explanation, example: Example) -> list[float]:
-        """Predict the activation on each token of `example` from the explanation alone. Raises RequestFailed."""
+    async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
+        """Predict the activation on each token of each of `examples` from the explanation alone. Raises RequestFailed."""
         ...
 
     def facts(self) -> dict[str, Any]:

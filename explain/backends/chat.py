@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from explain.backends.backend import Explanation
+from explain.backends.backend import Explanation, Simulation
 from explain.client import ChatClient, RequestFailed, UnusableReply
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
@@ -15,9 +16,9 @@ _PROMPTS = Path(__file__).parent.parent / "prompts"
 _LEVELS = 10
 
 
-def prompt(name: str) -> str:
+def prompt(name: str, kind: str = "txt") -> str:
     """Return one of our prompt files."""
-    return (_PROMPTS / f"{name}.txt").read_text(encoding="utf-8")
+    return (_PROMPTS / f"{name}.{kind}").read_text(encoding="utf-8")
 
 
 def levels(activations: list[float], top: float) -> list[int]:
@@ -40,8 +41,7 @@ class ChatBackend:
 
     async def propose(self, unit: Unit) -> Explanation:
         """Show the training examples with their levels and take the description from the answer's JSON."""
-        top = max((max(e.activations) for e in unit.train), default=0.0)
-        shown = "\n\n".join(_excerpt(i, e, levels(e.activations, top)) for i, e in enumerate(unit.train, 1))
+        shown, top = excerpts(unit)
         schema = {"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"],
                   "additionalProperties": False}  # fmt: skip
 
@@ -54,8 +54,11 @@ class ChatBackend:
         # one level is a tenth of the strongest training activation, so that errors are measured in activations
         return Explanation(await self._ask(self._propose, shown, schema, read), scale=top / _LEVELS)
 
-    async def simulate(self, explanation: Explanation, example: Example) -> list[float]:
-        """Ask for one integer 0-10 a token of the window, in order."""
+    async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
+        """Ask for one integer 0-10 a token, in order, a window a request."""
+        return [await self._window(explanation, example) for example in examples]
+
+    async def _window(self, explanation: Explanation, example: Example) -> Simulation:
         n = len(example.tokens)
         user = json.dumps(
             {"description": explanation.text, "count": n, "tokens": dict(enumerate(example.tokens))}, ensure_ascii=False
@@ -73,8 +76,7 @@ class ChatBackend:
                 raise ValueError(f"expected integers from 0 to {_LEVELS}")
             return [v * explanation.scale for v in values]
 
-        values: list[float] = await self._ask(self._simulate, user, schema, read)
-        return values
+        return Simulation(await self._ask(self._simulate, user, schema, read))
 
     async def _ask(self, system: str, user: str, schema: dict[str, Any], read: Any) -> Any:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
@@ -109,6 +111,12 @@ class ChatBackend:
     async def close(self) -> None:
         """Close the connections."""
         await self.client.close()
+
+
+def excerpts(unit: Unit) -> tuple[str, float]:
+    """Return the training examples as a proposer is shown them, and the activation of level 10, the strongest among them."""
+    top = max((max(e.activations) for e in unit.train), default=0.0)
+    return "\n\n".join(_excerpt(i, e, levels(e.activations, top)) for i, e in enumerate(unit.train, 1)), top
 
 
 def _excerpt(number: int, example: Example, level: list[int]) -> str:

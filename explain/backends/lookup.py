@@ -5,10 +5,11 @@ explanations in early layers. A feature's description is worth something where i
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from explain.backends.backend import Explanation
+from explain.backends.backend import Explanation, Simulation
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 
@@ -36,9 +37,9 @@ class LookupBackend:
         names = ", ".join(repr(strings[token]) for token in best)
         return Explanation(f"tokens {names}" if names else "no token fires", table=table)
 
-    async def simulate(self, explanation: Explanation, example: Example) -> list[float]:
+    async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
         """Look every token up."""
-        return [explanation.table.get(token, 0.0) for token in example.token_ids]
+        return [Simulation([explanation.table.get(token, 0.0) for token in example.token_ids]) for example in examples]
 
     def facts(self) -> dict[str, Any]:
         """Name the instrument."""

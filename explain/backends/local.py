@@ -1,0 +1,274 @@
+"""A Hugging Face or GGUF model in this process: no server, and the exact distribution over activation levels.
+
+Bills et al. 2023 simulate a whole window at once: every activation in the prompt is "unknown", and what a completions server
+would write in its place is read from the prompt's own log-probabilities. Here the logits are at hand, so nothing is cut off at
+the 15 or 20 likeliest tokens, and no answer has to be read: the softmax is restricted to the levels, and its mass is recorded.
+"""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from activation_store.config import ModelConfig
+from activation_store.errors import InputError
+from activation_store.hooks import on_pass
+from activation_store.subject import load_subject
+from explain.backends.backend import Explanation, Simulation
+from explain.backends.chat import excerpts, prompt
+from explain.client import Journal, content_key
+from explain.config import ExplainConfig
+from explain.examples import Example, Unit
+
+UNKNOWN = "unknown"
+_SEPARATORS = ("\t", ": ", " = ")
+_TOKENS_AT_ONCE = 4096  # of prompts in one pass
+_DESCRIPTION = '{"description": "'
+_HOLE = "\x00{}\x00"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The levels as tokens of the simulating model: `ids` of 0, 1, ... `top`, each read where `separator` ends.
+
+    `top` is 10 where "10" is one token, as in GPT's and Llama 3's vocabularies, and 9 elsewhere.
+    """
+
+    separator: tuple[int, ...]
+    ids: tuple[int, ...]
+
+    @property
+    def top(self) -> int:
+        """The highest level."""
+        return len(self.ids) - 1
+
+    @classmethod
+    def of(cls, encode: Any) -> "Labels":
+        """Find a separator after which levels are single tokens. Raises InputError for a vocabulary that has none."""
+        for separator in _SEPARATORS:
+            before = encode(separator)
+            ids = []
+            for level in range(11):
+                found = encode(f"{separator}{level}")
+                if found[:-1] != before:
+                    break
+                ids.append(found[-1])
+            if len(ids) >= 10:
+                return cls(tuple(before), tuple(ids))
+        raise InputError("explain.model: digits are no tokens of its vocabulary, so it cannot simulate; take another model")
+
+
+class LocalBackend:
+    """See the module. Prompts are built of token ids piece by piece, so that no token of a window can be taken for another's."""
+
+    def __init__(self, config: ExplainConfig, folder: Path) -> None:
+        """Load the model that `explain.model` names. Raises InputError for one that cannot be loaded or has no digits."""
+        self.config = config
+        try:
+            subject = load_subject(ModelConfig(id=config.model, dtype=config.local_dtype, device=config.local_device))
+        except InputError as error:
+            said = str(error).replace("model.id", "explain.model").replace("model.device", "explain.local_device")
+            raise InputError(said) from None
+        self.model, self.tokenizer, self.revision = subject.model, subject.tokenizer, subject.revision
+        self.labels = Labels.of(self._encode)
+        self._journal = Journal(folder / "requests.jsonl")
+        self._propose = prompt("propose")
+        self._instructions = prompt("simulate_all").format(top=self.labels.top, unknown=UNKNOWN).strip()
+        self._few_shot = json.loads(prompt("few_shot", "json"))
+        self._asked, self._mass, self._labels_read = 0, 0.0, 0
+
+    # Proposing
+
+    async def propose(self, unit: Unit) -> Explanation:
+        """Let the model finish the JSON of a description, greedily, up to its closing quotation mark."""
+        shown, top = excerpts(unit)
+        key = content_key(["propose", self.revision, self.config.max_answer_tokens, self._propose, shown])
+        if key not in self._journal:
+            self._journal.add(key, self._complete(self._propose, shown))
+        return Explanation(self._journal[key], scale=top / 10)
+
+    @torch.inference_mode()
+    def _complete(self, system: str, user: str) -> str:
+        self._asked += 1
+        before, after = self._frame(system, 1)
+        ids = before + self._encode(user) + after + self._encode(_DESCRIPTION)
+        device = self.model.device
+        given = torch.tensor([ids], device=device)
+        stop = self.tokenizer.eos_token_id
+        out = self.model.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=min(self.config.max_answer_tokens, 128), do_sample=False,
+            temperature=None, top_p=None, top_k=None, pad_token_id=stop if stop is not None else 0,
+            tokenizer=self.tokenizer, stop_strings=['"}', '"\n', '" }'],
+        )  # fmt: skip
+        text = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+        said = re.match(r'(?:[^"\\\n]|\\.)*', text)
+        found = (said[0] if said else "").strip()
+        return found or "nothing that could be put in words"
+
+    # Simulating
+
+    async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
+        """Return expected activations sum_v v q_v, q the softmax over the levels alone, for all tokens of all windows.
+
+        Every activation of the window stands as unknown, so predictions do not depend on each other.
+        """
+        windows = [self.window(example.tokens) for example in examples]
+        found = list[Simulation]()
+        length = max((len(ids) for ids, _ in windows), default=1)
+        step = max(1, _TOKENS_AT_ONCE // (length + len(self._prefix)))
+        for start in range(0, len(windows), step):
+            part = windows[start : start + step]
+            logits = self.label_logits(explanation.text, [ids for ids, _ in part], [places for _, places in part])
+            for own in logits:
+                levels, mass = expected_levels(own, self.labels.ids)
+                self._mass += float(mass.sum())
+                self._labels_read += len(mass)
+                expected = levels * (10 / self.labels.top) * explanation.scale
+                found.append(Simulation(expected.tolist(), mass.tolist()))
+        return found
+
+    def window(self, tokens: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return a window's part of the prompt, and where in it each token's label is predicted."""
+        return self._lines(tokens, [UNKNOWN] * len(tokens))
+
+    @torch.inference_mode()
+    def label_logits(self, description: str, windows: Sequence[list[int]], places: Sequence[list[int]]) -> list[Tensor]:
+        """Return the logits (token, vocabulary) float32 at the places of each window, the windows under one description."""
+        own = self._encode(description) + self._after_description
+        device, longest = self.model.device, max(len(ids) for ids in windows)
+        rows = torch.zeros(len(windows), len(own) + longest, dtype=torch.long)
+        mask = torch.zeros(len(windows), len(self._prefix) + rows.shape[1], dtype=torch.long)
+        row, column = list[int](), list[int]()
+        for number, (ids, wanted) in enumerate(zip(windows, places, strict=True)):
+            filled = len(own) + len(ids)
+            rows[number, :filled] = torch.tensor(own + ids)
+            mask[number, : len(self._prefix) + filled] = 1  # padded on the right, where nothing that counts looks
+            row += [number] * len(wanted)
+            column += [len(own) + place for place in wanted]
+        cache = copy.deepcopy(self._prefix_cache)
+        cache.batch_repeat_interleave(len(windows))
+        at = torch.tensor(row, device=device), torch.tensor(column, device=device)
+        # the unembedding is the largest product there is: it is made for these rows alone
+        with on_pass(self.model.get_output_embeddings(), "in", lambda hidden: hidden[at][None]):
+            logits = self.model(rows.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True).logits[0]
+        return list(logits.float().cpu().split([len(wanted) for wanted in places]))
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """Instructions and invented examples, up to where the description goes: the same in every prompt."""
+        return self._framed[0]
+
+    @cached_property
+    def _after_description(self) -> list[int]:
+        return self._framed[1]
+
+    @cached_property
+    def _framed(self) -> tuple[list[int], list[int]]:
+        *parts, after = self._frame(self._instructions, 1 + len(self._few_shot))
+        ids = list[int]()
+        fillings = list[list[int]]()
+        for example in self._few_shot:
+            answer = list[int]()
+            for sequence in example["sequences"]:
+                shown = [
+                    UNKNOWN if i < sequence["revealed"] else str(min(level, self.labels.top))
+                    for i, level in enumerate(sequence["levels"])
+                ]
+                answer += self._lines(sequence["tokens"], shown)[0] + self._encode("\n")
+            fillings += [self._encode(example["description"]), answer]
+        for part, filling in zip(parts, [*fillings, []], strict=True):
+            ids += part + filling
+        return ids, after
+
+    @cached_property
+    def _prefix_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config)
+        with torch.inference_mode():
+            self.model(torch.tensor([self._prefix], device=self.model.device), past_key_values=cache, use_cache=True)
+        return cache
+
+    # Prompts as token ids
+
+    def _encode(self, text: str) -> list[int]:
+        """Return the ids of text as text: what looks like a special token in it is none."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _lines(self, tokens: Sequence[str], shown: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return lines of a token, the separator and what is shown of its activation, and where each separator ends."""
+        ids, places = list[int](), list[int]()
+        separator, end = list(self.labels.separator), self._encode("\n")
+        for token, value in zip(tokens, shown, strict=True):
+            ids += self._encode(json.dumps(token, ensure_ascii=False)[1:-1]) + separator
+            places.append(len(ids) - 1)
+            ids += self._value(value) + end
+        return ids, places
+
+    def _value(self, value: str) -> list[int]:
+        return [self.labels.ids[int(value)]] if value.isdigit() else self._encode(value)
+
+    def _frame(self, system: str, turns: int) -> list[list[int]]:
+        """Return the ids of a conversation around its holes, one for what the user says in each turn and one for each answer.
+
+        The last answer has none: it is what comes after. A model without a chat template gets the same as plain text.
+        """
+        names = [_HOLE.format(number) for number in range(2 * turns - 1)]
+        if self.tokenizer.chat_template:
+            roles = ("user", "assistant")
+            text = self._template(system, [{"role": roles[i % 2], "content": name} for i, name in enumerate(names)])
+        else:
+            lines = [f"Answer:\n{name}\n" if i % 2 else f"Description: {name}\n" for i, name in enumerate(names)]
+            text = f"{system}\n\n{''.join(lines)}Answer:\n"
+        parts = list[str]()
+        for name in names:
+            part, text = text.split(name)
+            parts.append(part)
+        found = [list(self.tokenizer.encode(part, add_special_tokens=False)) for part in (*parts, text)]
+        if not self.tokenizer.chat_template and self.tokenizer.bos_token_id is not None:
+            found[0] = [self.tokenizer.bos_token_id, *found[0]]
+        return found
+
+    def _template(self, system: str, messages: list[dict[str, str]]) -> str:
+        """Render the chat template; where there is no system role (Gemma), the first message begins with it."""
+        from jinja2.exceptions import TemplateError
+
+        options = {"tokenize": False, "add_generation_prompt": True}
+        try:
+            return str(self.tokenizer.apply_chat_template([{"role": "system", "content": system}, *messages], **options))
+        except TemplateError:
+            first, *rest = messages
+            merged = [{"role": "user", "content": f"{system}\n\n{first['content']}"}, *rest]
+            return str(self.tokenizer.apply_chat_template(merged, **options))
+
+    def facts(self) -> dict[str, Any]:
+        """Name the instrument; `label_mass` is the mean probability that the model gave to the levels at all."""
+        hashes = {"propose_prompt": self._propose, "simulate_prompt": self._instructions + json.dumps(self._few_shot)}
+        return {
+            "instrument": f"all tokens at once, softmax restricted to the levels 0-{self.labels.top}, in process",
+            "model": self.config.model,
+            "model_revision": self.revision,
+            **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in hashes.items()},
+            "proposals_made": self._asked,
+            "label_mass": self._mass / self._labels_read if self._labels_read else None,
+        }
+
+    async def close(self) -> None:
+        """Let the model go."""
+        del self.model
+
+
+def expected_levels(logits: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return sum_v v q_v and the mass sum_v p_v of logits (token, vocabulary): p is the softmax over all tokens, q over `ids`."""
+    of_levels = logits[:, list(ids)].double()
+    levels = torch.arange(len(ids), dtype=torch.float64)
+    mass = (of_levels.logsumexp(1) - logits.double().logsumexp(1)).exp()
+    return of_levels.softmax(1) @ levels, mass
