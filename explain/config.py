@@ -12,6 +12,8 @@ class ExplainConfig(Section):
 
     Of a sweep, `sae` names the SAE (default: the first). `latents` and `neurons` are a number (drawn at random, by seed, from
     those that fire in both splits) or a list.
+    `scores` says what a description is put to: simulation of every token's activation, scored by correlation; detection and
+    fuzzing, yes or no for each window. The first of them decides whether a unit is scored or undefined.
     Neurons are those of `neuron_hook` (default: the SAE's hook), read through an identity dictionary. Examples are windows
     of `window` tokens: proposals see training windows only, scores come from held-out ones only.
     """
@@ -27,6 +29,7 @@ class ExplainConfig(Section):
     test_top: int = Field(default=5, ge=1)
     test_sampled: int = Field(default=5, ge=0)
     test_random: int = Field(default=10, ge=0)
+    scores: tuple[Literal["simulation", "detection", "fuzzing"], ...] = Field(default=("simulation",), min_length=1)
     shuffled_control: bool = True
     resamples: int = Field(default=1000, ge=0, description="of the bootstrap behind intervals; 0: no intervals")
     checkpoint_seconds: float = Field(default=30.0, gt=0)

@@ -76,6 +76,7 @@ class Evidence:
     sample: Ranking
     statistics: LatentStatistics
     windows: tuple[int, int]  # the split's window numbers, from..to
+    fired: Tensor  # in how many of these windows each latent fires, (d_sae,) int64
 
     def firing_windows(self) -> Tensor:
         """Return how many windows are known in which each latent fires, (d_sae,), capped by the sample's size."""
@@ -117,10 +118,11 @@ def gather_evidence(
     d_sae = sae.cfg.d_sae
     tops, samples, running = Ranking.empty(d_sae, top), Ranking.empty(d_sae, max(sample, 1)), RunningStatistics(d_sae)
     rankings = {"top": tops, "sample": samples}
+    fired = torch.zeros(d_sae, dtype=torch.int64)
     position = first
     if checkpoint is not None and checkpoint.exists():
         state = load_file(checkpoint)
-        position = int(state["position"])
+        position, fired = int(state["position"]), state["fired"]
         for name, ranking in rankings.items():
             ranking.keys, ranking.values, ranking.windows = (state[f"{name}.{part}"] for part in ("keys", "values", "windows"))
         running.restore({key: state[key] for key in running.state()})
@@ -141,6 +143,7 @@ def gather_evidence(
         running.update(f)
         peaks = _peaks(f, (torch.arange(len(plain)) // window)[plain].to(device), stop - position).cpu()
         place, latents = torch.nonzero(peaks, as_tuple=True)
+        fired += torch.bincount(latents, minlength=d_sae)
         strongest, numbers = peaks[place, latents], position + place
         tops.update(latents, strongest, strongest, numbers)
         if sample:
@@ -150,13 +153,13 @@ def gather_evidence(
         progress((position - first) * window, (last - first) * window)
         if checkpoint is not None and time.monotonic() - saved > checkpoint_seconds and position < last:
             saved = time.monotonic()
-            tensors = {"position": torch.tensor(position), **running.state()}
+            tensors = {"position": torch.tensor(position), "fired": fired, **running.state()}
             for name, ranking in rankings.items():
                 tensors |= {f"{name}.{part}": value.contiguous() for part, value in vars(ranking).items()}
             write_atomic(checkpoint, save(tensors))
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    return Evidence(tops, samples, running.result(), (first, last))
+    return Evidence(tops, samples, running.result(), (first, last), fired)
 
 
 def _peaks(f: SparseLatents, window: Tensor, windows: int) -> Tensor:

@@ -44,7 +44,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Unit:
-    """A latent or neuron with the examples that propose (train) and score (test) its description."""
+    """A latent or neuron with the examples that propose (train) and score (test) its description.
+
+    It fires in `fired` of the `windows` that are held out: what the test examples are a choice of.
+    """
 
     dictionary: str
     hook: str
@@ -53,6 +56,8 @@ class Unit:
     max_activation: float
     train: list[Example]
     test: list[Example]
+    fired: int = 0
+    windows: int = 0
 
     @property
     def name(self) -> str:
@@ -77,6 +82,23 @@ def assert_disjoint(unit: Unit) -> None:
     """Raise AssertionError if a training and a test example share a window or a text."""
     assert not {e.window for e in unit.train} & {e.window for e in unit.test}, unit.name
     assert not {e.text for e in unit.train} & {e.text for e in unit.test}, unit.name
+
+
+def population_weights(examples: Sequence[Example], fired: int, windows: int) -> list[float]:
+    """Return for how many of the split's windows each of the test examples stands.
+
+    The strongest windows stand for themselves, those drawn from where the unit fires, by either way, for the rest of these,
+    silent ones for all in which it is silent. Where a kind has no example, nothing stands for its windows.
+    """
+    drawn = [bool(max(e.activations, default=0.0) > 0) for e in examples]
+    top = sum(e.kind == "top" for e in examples)
+    others = sum(fires and e.kind != "top" for e, fires in zip(examples, drawn, strict=True))
+    silent = sum(not fires for fires in drawn)
+    of_top = 1.0 if others else fired / max(top, 1)
+    of_others, of_silent = max(fired - top, 0) / max(others, 1), (windows - fired) / max(silent, 1)
+    return [
+        of_top if e.kind == "top" else of_others if fires else of_silent for e, fires in zip(examples, drawn, strict=True)
+    ]
 
 
 def token_strings(decode: Callable[[list[int]], str], ids: Sequence[int], cache: dict[int, str]) -> list[str]:
@@ -118,6 +140,7 @@ def choose_units(
         unit = Unit(
             dictionary, hook, latent, float(train.statistics.density[latent]),
             float(train.statistics.max_activation[latent]), picked, _pick(sides["test"], limits, seen),
+            int(held_out.fired[latent]), last - first,
         )  # fmt: skip
         assert_disjoint(unit)
         units.append(unit)

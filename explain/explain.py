@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from activation_store.store import ActivationStore
 from explain.backends import Backend, Explanation, LookupBackend, RequestFailed, Simulation, make_backend
 from explain.config import ExplainConfig
 from explain.evidence import Evidence, gather_evidence
-from explain.examples import Unit, choose_units
+from explain.examples import Unit, choose_units, population_weights
+from explain.judge import KINDS, judged, questions
 from explain.scores import correlation_intervals, correlation_scores
 from sae.architectures.identity import IdentitySAE
 from sae.evaluation.bootstrap import intervals
@@ -67,7 +70,7 @@ def explain(
         latents = _write_units(sources, store, tokenizer, config, folder, seed, evidence_progress)
     units = [Unit.of_json(line) for line in read_json_lines(units_file)]
     results, failures = asyncio.run(_describe_and_score(units, config, backend, folder / "results.jsonl", seed, progress))
-    lines = [_final_line(unit, results.get(unit.name), failures.get(unit.name)) for unit in units]
+    lines = [_final_line(unit, results.get(unit.name), failures.get(unit.name), config.scores) for unit in units]
     write_json_lines(folder / "scores.jsonl", lines)
     summary = {
         "backend": config.backend,
@@ -178,24 +181,24 @@ async def _describe_and_score(
                         append_json_line(journal, line)
                     done[unit.name] = line
             except RequestFailed as error:
-                failures[unit.name] = f"simulate: {error}"
+                failures[unit.name] = str(error)
             finished += 1
             progress(finished, len(units))
 
     async def score_unit(unit: Unit) -> dict[str, Any]:
-        true = [example.activations for example in unit.test]
-        explanation = explanations[unit.name]
+        explanation, table = explanations[unit.name], await lookup.propose(unit)
         line: dict[str, Any] = {"unit": unit.name, "description": explanation.text}
-        simulations = await backend.simulate(explanation, unit.test)
-        own = [simulation.expected for simulation in simulations]
-        line["predicted"] = own
-        line["label_mass"] = _mean_mass(simulations)
-        line |= {key: _number(value) for key, value in vars(correlation_scores(true, own)).items()}
-        kinds = [example.kind for example in unit.test]  # their numbers were chosen: they stay as they are in resamples
-        line["intervals"] = correlation_intervals(true, own, strata=kinds, resamples=config.resamples, seed=seed)
-        table = await lookup.propose(unit)
-        by_lookup = [simulation.expected for simulation in await lookup.simulate(table, unit.test)]
-        line["lookup_correlation"] = _number(correlation_scores(true, by_lookup).ev_correlation)
+        if "simulation" in config.scores:
+            with _said_of("simulate"):
+                line |= await _simulated(unit, explanation, backend, config, seed)
+            found = await _simulated(unit, table, lookup, config, seed)
+            line["lookup_correlation"] = found["ev_correlation"]
+        for kind in KINDS:
+            if kind in config.scores:
+                asked = questions(unit, kind, seed)
+                with _said_of(kind):
+                    line[kind] = judged(asked, await backend.judge(explanation, kind, asked), config.resamples, seed)
+                line[f"lookup_{kind}"] = judged(asked, await lookup.judge(table, kind, asked), 0, seed)
         return line
 
     async def add_control(unit: Unit, line: dict[str, Any]) -> bool:
@@ -206,11 +209,14 @@ async def _describe_and_score(
         if stranger is None:
             return False
         try:
-            shuffled = [simulation.expected for simulation in await backend.simulate(stranger, unit.test)]
+            if "simulation" in config.scores:
+                line["shuffled_correlation"] = (await _simulated(unit, stranger, backend, config, seed))["ev_correlation"]
+            for kind in KINDS:
+                if kind in config.scores:
+                    asked = questions(unit, kind, seed)
+                    line[f"shuffled_{kind}"] = judged(asked, await backend.judge(stranger, kind, asked), 0, seed)
         except RequestFailed:
             return False
-        true = [example.activations for example in unit.test]
-        line["shuffled_correlation"] = _number(correlation_scores(true, shuffled).ev_correlation)
         return True
 
     progress(0, len(units))
@@ -218,6 +224,36 @@ async def _describe_and_score(
     await asyncio.gather(*(score(unit) for unit in units))
     await backend.close()
     return done, failures
+
+
+@contextmanager
+def _said_of(step: str) -> Iterator[None]:
+    """Let a request that fails within the block say at which step."""
+    try:
+        yield
+    except RequestFailed as error:
+        raise RequestFailed(f"{step}: {error}") from None
+
+
+async def _simulated(
+    unit: Unit, explanation: Explanation, backend: Backend, config: ExplainConfig, seed: int
+) -> dict[str, Any]:  # fmt: skip
+    """Simulate the unit's test examples from an explanation, and score that.
+
+    `population_correlation` is of all held-out windows rather than of the test's mixture of kinds: its examples count for as many
+    as they stand for.
+    """
+    simulations = await backend.simulate(explanation, unit.test)
+    true, own = [example.activations for example in unit.test], [simulation.expected for simulation in simulations]
+    kinds = [example.kind for example in unit.test]  # their numbers were chosen: they stay as they are in resamples
+    weights = population_weights(unit.test, unit.fired, unit.windows)
+    return {
+        "predicted": own,
+        **{name: _number(value) for name, value in vars(correlation_scores(true, own)).items()},
+        "population_correlation": _number(correlation_scores(true, own, weights).ev_correlation),
+        "intervals": correlation_intervals(true, own, strata=kinds, resamples=config.resamples, seed=seed),
+        "label_mass": _mean_mass(simulations),
+    }
 
 
 def _derangement(units: list[Unit], seed: int) -> dict[str, str]:
@@ -242,24 +278,33 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _final_line(unit: Unit, result: dict[str, Any] | None, failure: str | None) -> dict[str, Any]:
+def _final_line(
+    unit: Unit, result: dict[str, Any] | None, failure: str | None, scores: Sequence[str]
+) -> dict[str, Any]:  # fmt: skip
     """Return a unit's line of scores.jsonl: state, reason, description, scores, and the windows behind them."""
     line: dict[str, Any] = {
         "unit": unit.name, "dictionary": unit.dictionary, "hook": unit.hook, "latent": unit.latent,
         "density": unit.density, "max_activation": unit.max_activation, "state": "scored", "reason": None,
         "description": None, "ev_correlation": None, "rsquared": None, "absolute_dev_explained": None,
-        "rsquared_centred": None, "intervals": None, "label_mass": None, "lookup_correlation": None, "shuffled_correlation": None,
+        "rsquared_centred": None, "population_correlation": None, "intervals": None, "label_mass": None,
+        "lookup_correlation": None, "shuffled_correlation": None,
+        **{f"{prefix}{kind}": None for kind in KINDS for prefix in ("", "lookup_", "shuffled_")},
         "train_windows": [e.window for e in unit.train], "test_windows": [e.window for e in unit.test],
         "test_tokens": sum(len(e.tokens) for e in unit.test),
     }  # fmt: skip
     if result is None:
         return {**line, "state": "failed", "reason": failure or "not reached"}
     line |= {key: value for key, value in result.items() if key in line}
-    if line["ev_correlation"] is None:
+    first = scores[0]
+    if first == "simulation" and line["ev_correlation"] is None:
         true = [a for e in unit.test for a in e.activations]
         constant = not true or max(true) == min(true)
         why = "the unit does not vary on its test examples" if constant else "the predictions do not vary"
         line |= {"state": "undefined", "reason": f"correlation undefined: {why}"}
+    elif first != "simulation" and line[first]["balanced_accuracy"] is None:
+        fires = any(a > 0 for e in unit.test for a in e.activations)
+        why = "it fires in every test example" if fires else "it fires in no test example"
+        line |= {"state": "undefined", "reason": f"{first} undefined: {why}"}
     return line
 
 
@@ -277,7 +322,8 @@ def _summary(lines: list[dict[str, Any]], resamples: int, seed: int) -> dict[str
         return {"mean": float(np.mean(values)) if values else None, "standard_error": error, "units": len(values)}
 
     def margin(control: str) -> dict[str, Any]:
-        own = np.array([line["ev_correlation"] - line[control] for line in scored if line[control] is not None])
+        pairs = [(line["ev_correlation"], line[control]) for line in scored]
+        own = np.array([score - of_control for score, of_control in pairs if None not in (score, of_control)])
         sums = {"units": np.ones(len(own)), "margin": own}
         if not len(own):
             return {"mean": None, "interval": None, "units": 0}
@@ -285,8 +331,22 @@ def _summary(lines: list[dict[str, Any]], resamples: int, seed: int) -> dict[str
         return {"mean": float(own.mean()), "interval": interval, "units": len(own)}
 
     states = {state: sum(line["state"] == state for line in lines) for state in ("scored", "undefined", "failed")}
-    scores = ("ev_correlation", "rsquared", "absolute_dev_explained", "rsquared_centred")
+    scores = ("ev_correlation", "rsquared", "absolute_dev_explained", "rsquared_centred", "population_correlation")
     keys = (*scores, "lookup_correlation", "shuffled_correlation", "label_mass")
     margins = {name: margin(f"{name}_correlation") for name in ("shuffled", "lookup")}
     reasons = sorted({line["reason"] for line in lines if line["state"] == "failed"})
-    return {**states, **{key: mean(key) for key in keys}, "margins": margins, "failure_reasons": reasons[:5]}
+    asked = [kind for kind in KINDS if any(line.get(kind) is not None for line in scored)]
+    judged_by: dict[str, Any] = {kind: _judged_means(scored, kind) for kind in asked}
+    return {**states, **{key: mean(key) for key in keys}, "margins": margins, **judged_by, "failure_reasons": reasons[:5]}
+
+
+def _judged_means(scored: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """Return means over units of what judges' answers are worth, by whose answers they are; None where no unit has the figure."""
+    found: dict[str, Any] = {}
+    for name, key in (("description", kind), ("lookup", f"lookup_{kind}"), ("shuffled", f"shuffled_{kind}")):
+        own = [line[key] for line in scored if line[key] is not None]
+        figures = {figure: [of[figure] for of in own if of[figure] is not None] for figure in ("balanced_accuracy", "f1", "auc")}
+        figures["population_precision"] = [p for of in own if (p := of["population"]["precision"]) is not None]
+        found[name] = {figure: float(np.mean(values)) if values else None for figure, values in figures.items()}
+        found[name]["units"] = len(own)
+    return found

@@ -35,6 +35,9 @@ _SCORES = {
     **_CONTROLS, "rsquared": "R²", "rsquared_centred": "R², centred", "absolute_dev_explained": "Abs. dev. explained",
     "label_mass": "Mass on levels",
 }  # fmt: skip
+_JUDGED = {
+    "balanced_accuracy": "Balanced accuracy", "f1": "F1", "auc": "AUC", "population_precision": "Precision at the true rate",
+}  # fmt: skip
 _MARGINS = {"shuffled": "Over shuffled", "lookup": "Over lookup"}
 
 
@@ -274,7 +277,19 @@ def _score_means(summary: dict[str, Any]) -> list[Html]:
         rows.append([name, *cells])
         reasons += [tag("li", f"{name}: {reason}") for reason in means["failure_reasons"]]
     caption = "Mean scores ± standard error over scored units; margins over controls with 95 % intervals over units"
+    def figures(found: dict[str, Any]) -> list[Html]:
+        return [*(_figure(found[figure], "undefined for all", "z.2f") for figure in _JUDGED), _figure(found["units"])]
+
+    judged = [
+        [name, kind, by, *figures(found)]
+        for name, means in summary["dictionaries"].items()
+        for kind in ("detection", "fuzzing")
+        for by, found in means.get(kind, {}).items()
+    ]
     parts = [_table(["", *_SCORES.values(), *_MARGINS.values(), *counts], rows, caption)]
+    if judged:
+        caption = "Yes-or-no judgements: means over units, of descriptions, the token lookup and other units' descriptions"
+        parts.append(_table(["", "test", "judged by", *_JUDGED.values(), "units"], judged, caption))
     if reasons:
         parts.append(tag("div", tag("p", "Why units failed"), tag("ul", *reasons), class_="reason"))
     return [*parts, _facts("Instrument", {name: value for name, value in summary.items() if name != "dictionaries"})]
@@ -362,6 +377,16 @@ def _page(name: str, line: dict[str, Any], reason: str, inputs: ReportInputs) ->
         label: join(_figure(line.get(key), reason or "undefined or not run", "z.2f"), tag("small", _span(intervals.get(key))))
         for key, label in _SCORES.items()
     }
+    for kind in ("detection", "fuzzing"):
+        if line.get(kind):
+            found = line[kind]
+            value = _figure(found["balanced_accuracy"], "undefined", "z.2f")
+            scores[f"{kind.capitalize()}, balanced accuracy"] = join(
+                value, tag("small", _span(found["intervals"]["balanced_accuracy"]))
+            )
+            counts = found["counts"]
+            says, not_says = (f"{counts[f'{c}_fires']:g} + {counts[f'{c}_silent']:g}" for c in ("concept", "other"))
+            scores[f"{kind.capitalize()}, fires + silent"] = join(f"yes {says}, no {not_says}")
     left = [_list(facts), tag("h3", "Description against held-out truth"), _list(scores)]
     left.append(_histogram(inputs.histograms.get(name), line.get("density")))
     left.append(_output_tokens(inputs.output_tokens.get(name)))

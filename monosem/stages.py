@@ -197,6 +197,10 @@ def _explain(run: Run) -> dict[str, Any]:
         for key in ("ev_correlation", "shuffled_correlation", "lookup_correlation"):
             if found[key]["mean"] is not None:
                 figures[f"{prefix}{key}"] = found[key]["mean"]
+        for kind in ("detection", "fuzzing"):
+            for by, judged in found.get(kind, {}).items():
+                if judged["balanced_accuracy"] is not None:
+                    figures[f"{prefix}{kind}_{by}"] = judged["balanced_accuracy"]
         for control, margin in found["margins"].items():
             if margin["interval"] is not None:
                 low, high = margin["interval"]

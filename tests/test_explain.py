@@ -691,7 +691,7 @@ def test_intervals_and_margins_can_be_computed_again(done: Path) -> None:
 
 def test_a_margin_is_of_pairs() -> None:
     """Scores 0.9 and 0.5, controls 0.1 and 0.3: margins 0.8 and 0.2. A unit without its control is in none."""
-    others = ("rsquared", "absolute_dev_explained", "rsquared_centred", "label_mass")
+    others = ("rsquared", "absolute_dev_explained", "rsquared_centred", "population_correlation", "label_mass")
     line: dict[str, Any] = {"state": "scored", "reason": None, **dict.fromkeys(others)}
     lines = [
         {**line, "ev_correlation": 0.9, "shuffled_correlation": 0.1, "lookup_correlation": None},

@@ -38,7 +38,8 @@ def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def whole_prompts(backend: LocalBackend, description: str, windows: list[list[str]]) -> tuple[list[list[int]], list[list[int]]]:
     """Each window's whole prompt, and the places of its labels in it."""
-    before = backend._prefix + backend._encode(description) + backend._after_description
+    prefix, after = backend._simulating
+    before = [*prefix.ids, *backend._encode(description), *after]
     parts = [backend.window(window) for window in windows]
     return [before + ids for ids, _ in parts], [[len(before) + place for place in places] for _, places in parts]
 

@@ -41,6 +41,7 @@ def unit(dictionary: str, latent: int, tokens: list[str] = TOKENS) -> dict[str, 
     return {**facts, "density": 0.01 / (latent + 1), "max_activation": 8.0, "train": train, "test": test}
 
 
+COUNTS = ("concept_fires", "concept_silent", "other_fires", "other_silent")
 KEYS = (
     "ev_correlation", "rsquared", "absolute_dev_explained", "rsquared_centred", "lookup_correlation", "shuffled_correlation",
     "label_mass",
@@ -49,6 +50,8 @@ KEYS = (
 
 def line(of: dict[str, Any], state: str, reason: str | None = None, description: str | None = None) -> dict[str, Any]:
     figures = {key: 0.9 - 0.1 * of["latent"] if state == "scored" else None for key in KEYS}
+    worth = {"balanced_accuracy": 0.75, "intervals": {"balanced_accuracy": [0.5, 1.0]}, "counts": dict.fromkeys(COUNTS, 3.0)}
+    figures |= {"detection": worth if state == "scored" else None, "fuzzing": None}
     figures["intervals"] = {"ev_correlation": [0.31, 0.97], "rsquared": None} if state == "scored" else None
     facts = {key: of[key] for key in ("dictionary", "hook", "latent", "density", "max_activation")}
     name = f"{of['dictionary']}/{of['latent']}"
@@ -67,6 +70,8 @@ def inputs(text: str = "plain") -> ReportInputs:
     mean = {"mean": 0.8, "standard_error": 0.1, "units": 3}
     none = {"mean": None, "standard_error": None, "units": 0}
     over, no = {"mean": 0.5, "interval": [0.42, 0.58], "units": 3}, {"mean": None, "interval": None, "units": 0}
+    by = {"balanced_accuracy": 0.75, "f1": 0.7, "auc": None, "population_precision": 0.125, "units": 2}
+    means = {"detection": {"description": by, "lookup": by, "shuffled": {**by, "balanced_accuracy": 0.5}}}
     margins = {"shuffled": over, "lookup": no}
     counts = {"latents": 64, "eligible": 60, "chosen": 4, "scored": 2, "undefined": 1, "failed": 1}
     figures = {
@@ -82,7 +87,7 @@ def inputs(text: str = "plain") -> ReportInputs:
         summary={
             "backend": "openai", "instrument": text,
             "dictionaries": {
-                "sae": {**counts, **dict.fromkeys(KEYS, mean), "margins": margins, "failure_reasons": [text]},
+                "sae": {**counts, **dict.fromkeys(KEYS, mean), "margins": margins, **means, "failure_reasons": [text]},
                 "neurons": {**counts, **dict.fromkeys(KEYS, none), "margins": dict.fromkeys(margins, no), "failure_reasons": []},
             },
         },
@@ -392,3 +397,16 @@ def test_the_policy_stops_what_escaping_would_let_through(browser: Any, tmp_path
     assert browser.execute_script("return window.hacked") is None
     refused = [entry["message"] for entry in browser.get_log("browser") if "Content Security Policy" in entry["message"]]
     assert len(refused) >= 2
+
+
+def test_judgements_stand_in_the_report(page: Page) -> None:
+    (table,) = [table for table in page.root.all("table") if "judged by" in table.text]
+    rows = [[cell.text for cell in row.all("td")] for row in table.all("tr")[1:]]
+    figures = {"description": "0.75", "lookup": "0.75", "shuffled": "0.50"}
+    assert [row[-5:] for row in rows] == [[value, "0.70", "–", "0.12", "2"] for value in figures.values()]
+    text = page.feature("sae-0").all("article")[0].text
+    assert "Detection, balanced accuracy" in text
+    assert "0.50 to 1.00" in text
+    assert "yes 3 + 3, no 3 + 3" in text
+    assert "Fuzzing" not in text
+    assert "Detection" not in page.feature("sae-3").all("article")[0].text  # which failed

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
+from explain.judge import Judgement, Kind, Question
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Backend(Protocol):
 
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
         """Predict the activation on each token of each of `examples` from the explanation alone. Raises RequestFailed."""
+        ...
+
+    async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
+        """Say of each question whether the explanation fits, by the rule of `kind`. Raises RequestFailed."""
         ...
 
     def facts(self) -> dict[str, Any]:

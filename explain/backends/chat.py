@@ -11,9 +11,11 @@ from explain.backends.backend import Explanation, Simulation
 from explain.client import ChatClient, RequestFailed, UnusableReply
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
+from explain.judge import KINDS, Judgement, Kind, Question
 
 _PROMPTS = Path(__file__).parent.parent / "prompts"
 _LEVELS = 10
+_TEXTS_AT_ONCE = 5  # Paulo et al. 2024
 
 
 def prompt(name: str, kind: str = "txt") -> str:
@@ -78,6 +80,34 @@ class ChatBackend:
 
         return Simulation(await self._ask(self._simulate, user, schema, read))
 
+    async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
+        """Ask about several texts at once, for one 0 or 1 each; in an order drawn by what is asked, for judges mind the order."""
+        order = sorted(range(len(asked)), key=lambda i: hashlib.sha256(f"{kind}\n{asked[i].text}".encode()).digest())
+        found: dict[int, Judgement] = {}
+        for start in range(0, len(order), _TEXTS_AT_ONCE):
+            some = order[start : start + _TEXTS_AT_ONCE]
+            for i, answer in zip(some, await self._several(explanation, kind, [asked[i].text for i in some]), strict=True):
+                found[i] = Judgement(float(answer))
+        return [found[i] for i in range(len(asked))]
+
+    async def _several(self, explanation: Explanation, kind: Kind, texts: list[str]) -> list[int]:
+        n = len(texts)
+        user = json.dumps({"description": explanation.text, "texts": dict(enumerate(texts, 1))}, ensure_ascii=False)
+        numbers = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 1}, "minItems": n, "maxItems": n}
+        schema = {"type": "object", "properties": {"answers": numbers}, "required": ["answers"], "additionalProperties": False}
+
+        def read(answer: Any) -> list[int]:
+            values = answer.get("answers") if isinstance(answer, dict) else None
+            if not isinstance(values, list) or len(values) != n:
+                found = len(values) if isinstance(values, list) else "no list"
+                raise ValueError(f'expected {{"answers": [...]}} with exactly {n} numbers, got {found}')
+            if not all(type(v) is int and v in (0, 1) for v in values):
+                raise ValueError("expected numbers 0 or 1")
+            return values
+
+        answers: list[int] = await self._ask(prompt(kind) + prompt("judge_many"), user, schema, read)
+        return answers
+
     async def _ask(self, system: str, user: str, schema: dict[str, Any], read: Any) -> Any:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         fault = ""
@@ -100,11 +130,12 @@ class ChatBackend:
 
     def facts(self) -> dict[str, Any]:
         """Name the instrument, so that scores of different ones are never confused."""
+        prompts = {"propose": self._propose, "simulate": self._simulate}
+        prompts |= {kind: prompt(kind) + prompt("judge_many") for kind in KINDS}
         return {
             "instrument": "chat integers 0-10, one answer a window",
             "model": self.config.model,
-            "propose_prompt": hashlib.sha256(self._propose.encode()).hexdigest()[:16],
-            "simulate_prompt": hashlib.sha256(self._simulate.encode()).hexdigest()[:16],
+            **{f"{name}_prompt": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in prompts.items()},
             **self.client.usage(),
         }
 

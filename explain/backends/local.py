@@ -27,6 +27,7 @@ from explain.backends.chat import excerpts, prompt
 from explain.client import Journal, content_key
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
+from explain.judge import KINDS, Judgement, Kind, Question
 
 UNKNOWN = "unknown"
 _SEPARATORS = ("\t", ": ", " = ")
@@ -66,6 +67,14 @@ class Labels:
         raise InputError("explain.model: digits are no tokens of its vocabulary, so it cannot simulate; take another model")
 
 
+@dataclass(frozen=True)
+class _Prefix:
+    """The tokens that many prompts begin with, and what the model keeps of them."""
+
+    ids: tuple[int, ...]
+    cache: Any
+
+
 class LocalBackend:
     """See the module. Prompts are built of token ids piece by piece, so that no token of a window can be taken for another's."""
 
@@ -83,6 +92,7 @@ class LocalBackend:
         self._propose = prompt("propose")
         self._instructions = prompt("simulate_all").format(top=self.labels.top, unknown=UNKNOWN).strip()
         self._few_shot = json.loads(prompt("few_shot", "json"))
+        self._judges: dict[Kind, tuple[_Prefix, list[int]]] = {}
         self._asked, self._mass, self._labels_read = 0, 0.0, 0
 
     # Proposing
@@ -123,7 +133,7 @@ class LocalBackend:
         windows = [self.window(example.tokens) for example in examples]
         found = list[Simulation]()
         length = max((len(ids) for ids, _ in windows), default=1)
-        step = max(1, _TOKENS_AT_ONCE // (length + len(self._prefix)))
+        step = max(1, _TOKENS_AT_ONCE // (length + len(self._simulating[0].ids)))
         for start in range(0, len(windows), step):
             part = windows[start : start + step]
             logits = self.label_logits(explanation.text, [ids for ids, _ in part], [places for _, places in part])
@@ -139,22 +149,27 @@ class LocalBackend:
         """Return a window's part of the prompt, and where in it each token's label is predicted."""
         return self._lines(tokens, [UNKNOWN] * len(tokens))
 
-    @torch.inference_mode()
     def label_logits(self, description: str, windows: Sequence[list[int]], places: Sequence[list[int]]) -> list[Tensor]:
         """Return the logits (token, vocabulary) float32 at the places of each window, the windows under one description."""
-        own = self._encode(description) + self._after_description
-        device, longest = self.model.device, max(len(ids) for ids in windows)
-        rows = torch.zeros(len(windows), len(own) + longest, dtype=torch.long)
-        mask = torch.zeros(len(windows), len(self._prefix) + rows.shape[1], dtype=torch.long)
+        prefix, after = self._simulating
+        own = self._encode(description) + after
+        shifted = [[len(own) + place for place in wanted] for wanted in places]
+        return self._logits(prefix, [own + ids for ids in windows], shifted)
+
+    @torch.inference_mode()
+    def _logits(self, prefix: "_Prefix", tails: Sequence[list[int]], places: Sequence[list[int]]) -> list[Tensor]:
+        """Return the logits (place, vocabulary) float32 at the places of each of `tails`, ids that go on from the prefix."""
+        device, longest = self.model.device, max(len(ids) for ids in tails)
+        rows = torch.zeros(len(tails), longest, dtype=torch.long)
+        mask = torch.zeros(len(tails), len(prefix.ids) + longest, dtype=torch.long)
         row, column = list[int](), list[int]()
-        for number, (ids, wanted) in enumerate(zip(windows, places, strict=True)):
-            filled = len(own) + len(ids)
-            rows[number, :filled] = torch.tensor(own + ids)
-            mask[number, : len(self._prefix) + filled] = 1  # padded on the right, where nothing that counts looks
+        for number, (ids, wanted) in enumerate(zip(tails, places, strict=True)):
+            rows[number, : len(ids)] = torch.tensor(ids)
+            mask[number, : len(prefix.ids) + len(ids)] = 1  # padded on the right, where nothing that counts looks
             row += [number] * len(wanted)
-            column += [len(own) + place for place in wanted]
-        cache = copy.deepcopy(self._prefix_cache)
-        cache.batch_repeat_interleave(len(windows))
+            column += wanted
+        cache = copy.deepcopy(prefix.cache)
+        cache.batch_repeat_interleave(len(tails))
         at = torch.tensor(row, device=device), torch.tensor(column, device=device)
         # the unembedding is the largest product there is: it is made for these rows alone
         with on_pass(self.model.get_output_embeddings(), "in", lambda hidden: hidden[at][None]):
@@ -162,19 +177,10 @@ class LocalBackend:
         return list(logits.float().cpu().split([len(wanted) for wanted in places]))
 
     @cached_property
-    def _prefix(self) -> list[int]:
-        """Instructions and invented examples, up to where the description goes: the same in every prompt."""
-        return self._framed[0]
-
-    @cached_property
-    def _after_description(self) -> list[int]:
-        return self._framed[1]
-
-    @cached_property
-    def _framed(self) -> tuple[list[int], list[int]]:
+    def _simulating(self) -> tuple["_Prefix", list[int]]:
+        """Instructions and invented examples up to where the description goes, and what follows it: the same in every prompt."""
         *parts, after = self._frame(self._instructions, 1 + len(self._few_shot))
-        ids = list[int]()
-        fillings = list[list[int]]()
+        ids, fillings = list[int](), list[list[int]]()
         for example in self._few_shot:
             answer = list[int]()
             for sequence in example["sequences"]:
@@ -186,16 +192,48 @@ class LocalBackend:
             fillings += [self._encode(example["description"]), answer]
         for part, filling in zip(parts, [*fillings, []], strict=True):
             ids += part + filling
-        return ids, after
+        return self._run(ids), after
 
-    @cached_property
-    def _prefix_cache(self) -> Any:
+    def _run(self, ids: list[int]) -> "_Prefix":
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self.model.config)
         with torch.inference_mode():
-            self.model(torch.tensor([self._prefix], device=self.model.device), past_key_values=cache, use_cache=True)
-        return cache
+            self.model(torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True)
+        return _Prefix(tuple(ids), cache)
+
+    # Judging
+
+    async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
+        """Return P(yes) / (P(yes) + P(no)) of the answer's first token, for each text by itself."""
+        prefix, after = self._judging(kind)
+        tails = [
+            self._encode(f"Description: {explanation.text}\n\nText: {question.text}") + after for question in asked
+        ]
+        found = list[Judgement]()
+        step = max(1, _TOKENS_AT_ONCE // (len(prefix.ids) + max((len(ids) for ids in tails), default=1)))
+        for start in range(0, len(tails), step):
+            part = tails[start : start + step]
+            for logits in self._logits(prefix, part, [[len(ids) - 1] for ids in part]):
+                p = logits[0].double().softmax(0)
+                yes, no = (float(p[list(ids)].sum()) for ids in self._answers)
+                found.append(Judgement(yes / (yes + no), yes + no))
+        return found
+
+    def _judging(self, kind: Kind) -> tuple["_Prefix", list[int]]:
+        if kind not in self._judges:
+            before, after = self._frame((prompt(kind) + prompt("judge_one")).strip(), 1)
+            self._judges[kind] = self._run(before), after
+        return self._judges[kind]
+
+    @cached_property
+    def _answers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that an answer of yes, and one of no, can begin with."""
+        forms = [[space + form for space in ("", " ") for form in (word, word.title(), word.upper())] for word in ("yes", "no")]
+        yes, no = (tuple({ids[0] for form in of if len(ids := self._encode(form)) == 1}) for of in forms)
+        if not yes or not no:
+            raise InputError("explain.model: yes and no are no tokens of its vocabulary, so it cannot judge; take another model")
+        return yes, no
 
     # Prompts as token ids
 
@@ -252,6 +290,7 @@ class LocalBackend:
     def facts(self) -> dict[str, Any]:
         """Name the instrument; `label_mass` is the mean probability that the model gave to the levels at all."""
         hashes = {"propose_prompt": self._propose, "simulate_prompt": self._instructions + json.dumps(self._few_shot)}
+        hashes |= {f"{kind}_prompt": prompt(kind) + prompt("judge_one") for kind in KINDS}
         return {
             "instrument": f"all tokens at once, softmax restricted to the levels 0-{self.labels.top}, in process",
             "model": self.config.model,

@@ -12,6 +12,7 @@ from typing import Any
 from explain.backends.backend import Explanation, Simulation
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
+from explain.judge import Judgement, Kind, Question
 
 _SHOWN_TOKENS = 5
 
@@ -40,6 +41,15 @@ class LookupBackend:
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
         """Look every token up."""
         return [Simulation([explanation.table.get(token, 0.0) for token in example.token_ids]) for example in examples]
+
+    async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
+        """Say yes where a token of the table fires: in detection any token, in fuzzing more than half of those marked."""
+        found = []
+        for question in asked:
+            fires = [explanation.table.get(token, 0.0) > 0 for token in question.token_ids]
+            marked = [fires[i] for i in question.marked]
+            found.append(Judgement(float(any(fires)) if kind == "detection" else sum(marked) / max(len(marked), 1)))
+        return found
 
     def facts(self) -> dict[str, Any]:
         """Name the instrument."""

@@ -1,0 +1,99 @@
+"""Yes-or-no questions about windows: does the description fit the text (detection), or the tokens marked in it (fuzzing)?
+
+Paulo et al. 2024, "Automatically Interpreting Millions of Features in Large Language Models". Cheaper than a simulation: one
+answer a window, not one a token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from explain.counts import Counts, auc, count_intervals
+from explain.examples import Unit, population_weights
+
+Kind = Literal["detection", "fuzzing"]
+KINDS: tuple[Kind, ...] = ("detection", "fuzzing")
+_MARKED_FROM = 0.3  # of a window's maximum: weaker tokens are not what it is shown for
+
+
+@dataclass(frozen=True)
+class Question:
+    """A window as the judge sees it: tokens, which of them are marked (none, in detection), and the right answer."""
+
+    tokens: list[str]
+    token_ids: list[int]
+    marked: tuple[int, ...]
+    truth: bool
+    stratum: str
+    weight: float
+
+    @property
+    def text(self) -> str:
+        """The window's text, marked tokens between << and >>."""
+        return "".join(f"<<{token}>>" if i in self.marked else token for i, token in enumerate(self.tokens))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The probability of yes; 0 or 1 of a judge that only answers. `mass` is what yes and no had between them, if known."""
+
+    probability: float
+    mass: float | None = None
+
+
+def questions(unit: Unit, kind: Kind, seed: int) -> list[Question]:
+    """Return the questions of a unit's test examples.
+
+    Detection: does the unit fire in the window at all. Fuzzing: marked are the tokens on which it fires, to at least 0.3 of the
+    window's maximum; or, in silent windows, as many as that is on average, drawn at random.
+    """
+    weights = population_weights(unit.test, unit.fired, unit.windows)
+    chance = np.random.Generator(np.random.PCG64([seed, 4, unit.latent]))
+    firing = [_strong(example.activations) for example in unit.test]
+    counts = [len(marked) for marked in firing if marked]
+    typical = math.ceil(sum(counts) / len(counts)) if counts else 1
+    found = []
+    for example, marked, weight in zip(unit.test, firing, weights, strict=True):
+        fires = bool(marked)
+        if kind == "detection":
+            marked = ()
+        elif not fires:
+            number = min(typical, len(example.tokens))
+            marked = tuple(sorted(chance.choice(len(example.tokens), number, replace=False).tolist()))
+        found.append(Question(example.tokens, example.token_ids, marked, fires, example.kind, weight))
+    return found
+
+
+def _strong(activations: Sequence[float]) -> tuple[int, ...]:
+    top = max(activations, default=0.0)
+    return tuple(i for i, a in enumerate(activations) if a > 0 and a >= _MARKED_FROM * top)
+
+
+def judged(asked: Sequence[Question], answers: Sequence[Judgement], resamples: int, seed: int) -> dict[str, Any]:
+    """Return what a judge's answers are worth: counts (says yes x fires), the figures of `Counts.scores`, AUC, intervals.
+
+    At the top level every question counts once, as tests of equal halves do; `population` weighs them by the windows that they
+    stand for, so that precision is what a user would meet. `false_alarm_bound`: what so few silent windows rule out. None where
+    undefined.
+    """
+    says, fires = [answer.probability > 0.5 for answer in answers], [question.truth for question in asked]
+    strata = [f"{question.stratum} {question.truth}" for question in asked]
+    plain = Counts.of(says, fires)
+    weights = [question.weight for question in asked]
+    masses = [answer.mass for answer in answers if answer.mass is not None]
+    ratings = [answer.probability for answer in answers]
+    return {
+        "counts": vars(plain),
+        **_finite(plain.scores()),
+        **_finite({"auc": auc(ratings, fires), "false_alarm_bound": plain.false_alarm_bound()}),
+        "intervals": count_intervals(says, fires, strata=strata, resamples=resamples, seed=seed),
+        "population": _finite(Counts.of(says, fires, weights).scores()),
+        "mass": sum(masses) / len(masses) if masses else None,
+    }
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
