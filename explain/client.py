@@ -10,6 +10,7 @@ from typing import Any
 from activation_store.errors import InputError, first_line
 from activation_store.files import append_json_line, read_json_lines
 from explain.config import ExplainConfig
+from explain.cost import Budget, Usage, price_of
 
 
 class RequestFailed(Exception):
@@ -85,7 +86,9 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Read what was answered before."""
         self._path = path
-        self._answers = {line["key"]: str(line["answer"]) for line in read_json_lines(path)}
+        lines = read_json_lines(path)
+        self._answers = {line["key"]: str(line["answer"]) for line in lines if line["answer"] is not None}
+        self.used = sum((Usage(**line["usage"]) for line in lines if line.get("usage")), start=Usage())
 
     def __contains__(self, key: str) -> bool:
         """Say whether there is an answer."""
@@ -95,10 +98,11 @@ class Journal:
         """Return the answer."""
         return self._answers[key]
 
-    def add(self, key: str, answer: str) -> None:
-        """Write an answer down, at once."""
-        append_json_line(self._path, {"key": key, "answer": answer})
-        self._answers[key] = answer
+    def add(self, key: str, answer: str | None, usage: Usage | None = None) -> None:
+        """Write an answer down, at once, with what it used; None for a reply that was paid for and is of no use."""
+        append_json_line(self._path, {"key": key, "answer": answer, "usage": vars(usage) if usage else None})
+        if answer is not None:
+            self._answers[key] = answer
 
 
 class ChatClient:
@@ -110,7 +114,9 @@ class ChatClient:
         self._journal = Journal(journal)
         self._client = connect(config)
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._counts = {"requests_sent": 0, "requests_from_journal": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        self._counts = {"requests_sent": 0, "requests_from_journal": 0}
+        self._used = Usage()  # by this start
+        self._budget = Budget(price_of(config), config.max_cost, config.max_answer_tokens, self._journal.used)
 
     async def complete(self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int) -> str:
         """Return the answer's text. `attempt` above 0 asks afresh for one that could not be read.
@@ -135,29 +141,38 @@ class ChatClient:
             self._counts["requests_from_journal"] += 1
             return self._journal[key]
         async with self._slots:
+            reserved = self._budget.reserve(len(json.dumps(request).encode()))
+            if reserved is None:
+                raise RequestFailed(
+                    f"explain.max_cost: ${self.config.max_cost:g} would not be kept, ${self._budget.cost:.4g} are spent; "
+                    "raise it, and the same command goes on"
+                )
             self._counts["requests_sent"] += 1
+            usage = None
             try:
                 reply = await self._client.chat.completions.create(**request)
+                usage = Usage.of(reply)
+                self._used += usage
             except openai.APIError as error:
                 raise RequestFailed(reason(error)) from None
             except ValueError as error:  # a body that is not JSON
                 raise UnusableReply(f"the server's reply is not an API answer: {_masked(first_line(error))}") from None
-        for kind in ("prompt_tokens", "completion_tokens"):
-            count = getattr(getattr(reply, "usage", None), kind, None)
-            self._counts[kind] += count if isinstance(count, int) else 0
+            finally:
+                self._budget.settle(reserved, usage)
         try:
             text = reply.choices[0].message.content
         except (AttributeError, TypeError, LookupError):  # the openai package does not check what servers send
             text = None
         if not isinstance(text, str):
+            self._journal.add(key, None, usage)
             raise UnusableReply(f"the server's reply holds no text: {_masked(str(reply))[:120]!r}")
         text = _masked(text)
-        self._journal.add(key, text)
+        self._journal.add(key, text, usage)
         return text
 
-    def usage(self) -> dict[str, int]:
-        """Return how many requests were sent and what they cost in tokens."""
-        return dict(self._counts)
+    def usage(self) -> dict[str, Any]:
+        """Return how many requests were sent, the tokens they used, and what all of this folder's have cost, in dollars."""
+        return {**self._counts, **vars(self._used), "cost_usd": self._budget.cost}
 
     async def close(self) -> None:
         """Close the connections."""

@@ -6,6 +6,9 @@ from pydantic import Field, NonNegativeInt
 
 from activation_store.config import Section
 
+DECIDES_NOTHING = {"concurrency", "timeout", "checkpoint_seconds", "prices", "max_cost"}
+"""Settings of how a run goes, not of what comes out: changing them does not begin it anew."""
+
 
 class ExplainConfig(Section):
     """Which units to explain, from how many examples, and who proposes and simulates.
@@ -42,5 +45,7 @@ class ExplainConfig(Section):
     concurrency: int = Field(default=8, ge=1)
     timeout: float = Field(default=60.0, gt=0)
     retries: int = Field(default=4, ge=0, description="of a request that failed, and of an answer that cannot be read")
+    prices: str | None = Field(default=None, description="YAML of dollars for a million tokens, before explain/prices.yaml")
+    max_cost: float | None = Field(default=None, gt=0, description="dollars that requests of this run may cost in all")
     max_answer_tokens: int = Field(default=1024, ge=16)
     response_format: Literal["json_schema", "json_object", "text"] = "json_schema"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 
 from activation_store.config import DataConfig, HarvestConfig, ModelConfig, Section
 from activation_store.errors import InputError, first_line
-from explain.config import ExplainConfig
+from explain.config import DECIDES_NOTHING, ExplainConfig
 from sae.config import EvaluateConfig, SteerConfig, TrainConfig
 from sae.sweep import expand, named, require_shared
 
@@ -116,8 +116,8 @@ class RunConfig(Section):
         return hooks[0] if hooks else self.harvest.hooks[0]
 
     def key(self, *sections: str) -> str:
-        """Return a hash of some sections: equal keys, equal settings."""
-        values = {name: self.model_dump(mode="json")[name] for name in sections}
+        """Return a hash of some sections: equal keys, equal settings, but for those that decide no result."""
+        values = {name: self.model_dump(mode="json", exclude={"explain": DECIDES_NOTHING})[name] for name in sections}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import demo_fetcher
 from llm_servers import ChatServer, Reply, Request, completion
 from test_cli import RESID, finished, tiny_config  # noqa: F401 - fixtures
 
@@ -33,13 +34,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.fixture
-def demo_place(finished, tiny_config, tmp_path, monkeypatch):  # noqa: F811
-    """A folder in which configs/demo.yaml and runs/demo are those of the tiny run."""
+def demo_place(finished, tiny_config, demo_model_dir, tmp_path, monkeypatch):  # noqa: F811
+    """A folder in which configs/demo.yaml and runs/demo are those of the tiny run, beside the model that the demo fetches."""
     values = yaml.safe_load(tiny_config.read_text())
     values["name"] = "demo"
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/demo.yaml").write_text(yaml.safe_dump(values))
     shutil.copytree(finished, tmp_path / "runs/demo")
+    (tmp_path / "demo").symlink_to(demo_fetcher().FOLDER.resolve())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -97,7 +97,8 @@ def test_a_stack_trains_each_member_as_it_would_train_by_itself(kind):
         state = wanted.state_dict()
         for key, value in found.state_dict().items():
             scale = float(state[key].abs().max())
-            torch.testing.assert_close(value, state[key], rtol=1e-3, atol=2e-4 * max(scale, 1e-3))
+            near = 5e-3 if kind == "p_anneal" else 2e-4  # where f is near 0 the gradient f^(p - 1) makes much of its rounding
+            torch.testing.assert_close(value, state[key], rtol=1e-3, atol=near * max(scale, 1e-3))
         x = torch.cat([b if isinstance(b, torch.Tensor) else torch.cat(b, 1) for b in batches[:1]])[:, : found.cfg.d_in]
         same = ((found.encode(x) > 0) == (wanted.encode(x) > 0)).float().mean()
         assert same > 0.999
