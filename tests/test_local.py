@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from activation_store import InputError
-from explain.backends import Explanation
-from explain.backends.local import UNKNOWN, Labels, LocalBackend, expected_levels
+from explain.backends import Explanation, RequestFailed
+from explain.backends.local import UNKNOWN, Labels, LocalBackend, expected_levels, quoted
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 
@@ -33,7 +33,7 @@ def examples(windows: list[list[str]]) -> list[Example]:
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LocalBackend:
     """On a random model without a chat template, and on the demo model, which has one."""
     model = request.getfixturevalue("tiny_model_dir" if request.param == "tiny" else "demo_model_dir")
-    return LocalBackend(settings(model), tmp_path_factory.mktemp(request.param))
+    return LocalBackend(settings(model, max_answer_tokens=16), tmp_path_factory.mktemp(request.param))
 
 
 def whole_prompts(backend: LocalBackend, description: str, windows: list[list[str]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -153,9 +153,32 @@ def test_a_model_that_is_not_there_is_bad_input(tmp_path: Path) -> None:
 
 def test_proposals_are_kept(backend: LocalBackend, tmp_path: Path) -> None:
     unit = Unit("sae", "blocks.1.hook_resid_post", 3, 0.1, 2.0, examples(WINDOWS[:1]), [])
+    if not backend.tokenizer.chat_template:  # the random model, which need not say anything
+        backend.model.generate = lambda given, **_: torch.cat([given, torch.tensor([backend._encode('cats"} and')])], 1)
     first = asyncio.run(backend.propose(unit))
     made = backend.facts()["proposals_made"]
     assert first.text
     assert "\n" not in first.text
     assert asyncio.run(backend.propose(unit)) == first
     assert backend.facts()["proposals_made"] == made
+
+
+def test_a_model_that_says_nothing_fails_with_a_reason(
+    backend: LocalBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = Unit("sae", "blocks.1.hook_resid_post", 4, 0.1, 2.0, examples(WINDOWS[1:2]), [])
+    monkeypatch.setattr(backend.model, "generate", lambda given, **_: given, raising=False)
+    for _ in range(2):  # and is asked again
+        with pytest.raises(RequestFailed, match="description is empty"):
+            asyncio.run(backend.propose(unit))
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ('rivers"}', "rivers"), ('the word \\"river\\""}', 'the word "river"'), ("no end", "no end"),
+        ("one line\nand more", "one line"), ('a \\q b"', "a \\q b"), ('"', ""), ('a \\u00e9 b"', "a é b"),
+    ],
+)  # fmt: skip
+def test_a_description_ends_at_its_quotation_mark(said: str, meant: str) -> None:
+    assert quoted(said) == meant

@@ -24,7 +24,7 @@ from activation_store.hooks import on_pass
 from activation_store.subject import load_subject
 from explain.backends.backend import Explanation, Simulation
 from explain.backends.chat import excerpts, prompt
-from explain.client import Journal, content_key
+from explain.client import Journal, RequestFailed, content_key
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 from explain.judge import KINDS, Judgement, Kind, Question
@@ -98,11 +98,14 @@ class LocalBackend:
     # Proposing
 
     async def propose(self, unit: Unit) -> Explanation:
-        """Let the model finish the JSON of a description, greedily, up to its closing quotation mark."""
+        """Let the model finish the JSON of a description, greedily. Raises RequestFailed where it says nothing."""
         shown, top = excerpts(unit)
         key = content_key(["propose", self.revision, self.config.max_answer_tokens, self._propose, shown])
         if key not in self._journal:
-            self._journal.add(key, self._complete(self._propose, shown))
+            said = self._complete(self._propose, shown)
+            if not said:
+                raise RequestFailed("the model's description is empty")
+            self._journal.add(key, said)
         return Explanation(self._journal[key], scale=top / 10)
 
     @torch.inference_mode()
@@ -119,9 +122,7 @@ class LocalBackend:
             tokenizer=self.tokenizer, stop_strings=['"}', '"\n', '" }'],
         )  # fmt: skip
         text = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-        said = re.match(r'(?:[^"\\\n]|\\.)*', text)
-        found = (said[0] if said else "").strip()
-        return found or "nothing that could be put in words"
+        return quoted(text)
 
     # Simulating
 
@@ -303,6 +304,20 @@ class LocalBackend:
     async def close(self) -> None:
         """Let the model go."""
         del self.model
+
+
+def quoted(text: str) -> str:
+    r"""Return what stands before the closing quotation mark of a JSON string, as it is meant; a line's end closes it too.
+
+    >>> quoted('the word \\"river\\""} and more')
+    'the word "river"'
+    """
+    said = re.match(r'(?:[^"\\\n]|\\.)*', text)
+    inside = said[0] if said else ""
+    try:
+        return str(json.loads(f'"{inside}"', strict=False)).strip()
+    except ValueError:  # an escape that JSON does not know, or half of one
+        return inside.strip()
 
 
 def expected_levels(logits: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
