@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sae.evaluation.bootstrap import Sums, intervals
+from sae.evaluation.bootstrap import MOSTLY, Sums, intervals
 
-_DEFINED = 0.95  # of the resamples
 _FIELDS = ("concept_fires", "concept_silent", "other_fires", "other_silent")
 
 
@@ -71,8 +70,7 @@ def count_intervals(
     resamples: int = 1000, seed: int = 0,
 ) -> dict[str, list[float] | None]:  # fmt: skip
     """Return 95 % bootstrap intervals of `Counts.scores`, over windows, within `strata` whose sizes were chosen."""
-    numbers = None if strata is None else np.unique(list(strata), return_inverse=True)[1]
-    return intervals(_by_window(concept, fires, weights), _figures, resamples, seed, strata=numbers, defined=_DEFINED)
+    return intervals(_by_window(concept, fires, weights), _figures, resamples, seed, strata=strata, defined=MOSTLY)
 
 
 def auc(probability: ArrayLike, fires: ArrayLike, weights: ArrayLike | None = None) -> float:

@@ -23,7 +23,7 @@ from explain.examples import Unit, choose_units, population_weights
 from explain.judge import KINDS, judged, questions
 from explain.scores import correlation_intervals, correlation_scores
 from sae.architectures.identity import IdentitySAE
-from sae.evaluation.bootstrap import intervals
+from sae.evaluation.bootstrap import intervals, plain
 from sae.sae import SAE, LatentStatistics
 
 
@@ -191,8 +191,7 @@ async def _describe_and_score(
         if "simulation" in config.scores:
             with _said_of("simulate"):
                 line |= await _simulated(unit, explanation, backend, config, seed)
-            found = await _simulated(unit, table, lookup, config, seed)
-            line["lookup_correlation"] = found["ev_correlation"]
+            line["lookup_correlation"] = await _correlation(unit, table, lookup)
         for kind in KINDS:
             if kind in config.scores:
                 asked = questions(unit, kind, seed)
@@ -210,7 +209,7 @@ async def _describe_and_score(
             return False
         try:
             if "simulation" in config.scores:
-                line["shuffled_correlation"] = (await _simulated(unit, stranger, backend, config, seed))["ev_correlation"]
+                line["shuffled_correlation"] = await _correlation(unit, stranger, backend)
             for kind in KINDS:
                 if kind in config.scores:
                     asked = questions(unit, kind, seed)
@@ -249,11 +248,17 @@ async def _simulated(
     weights = population_weights(unit.test, unit.fired, unit.windows)
     return {
         "predicted": own,
-        **{name: _number(value) for name, value in vars(correlation_scores(true, own)).items()},
+        **plain(vars(correlation_scores(true, own))),
         "population_correlation": _number(correlation_scores(true, own, weights).ev_correlation),
         "intervals": correlation_intervals(true, own, strata=kinds, resamples=config.resamples, seed=seed),
         "label_mass": _mean_mass(simulations),
     }
+
+
+async def _correlation(unit: Unit, explanation: Explanation, backend: Backend) -> float | None:
+    """Return the correlation alone, as a control needs it."""
+    predicted = [simulation.expected for simulation in await backend.simulate(explanation, unit.test)]
+    return _number(correlation_scores([example.activations for example in unit.test], predicted).ev_correlation)
 
 
 def _derangement(units: list[Unit], seed: int) -> dict[str, str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from explain.counts import Counts, auc, count_intervals
 from explain.examples import Unit, population_weights
+from sae.evaluation.bootstrap import plain
 
 Kind = Literal["detection", "fuzzing"]
 KINDS: tuple[Kind, ...] = ("detection", "fuzzing")
@@ -81,19 +82,16 @@ def judged(asked: Sequence[Question], answers: Sequence[Judgement], resamples: i
     """
     says, fires = [answer.probability > 0.5 for answer in answers], [question.truth for question in asked]
     strata = [f"{question.stratum} {question.truth}" for question in asked]
-    plain = Counts.of(says, fires)
+    counts = Counts.of(says, fires)
     weights = [question.weight for question in asked]
     masses = [answer.mass for answer in answers if answer.mass is not None]
     ratings = [answer.probability for answer in answers]
     return {
-        "counts": vars(plain),
-        **_finite(plain.scores()),
-        **_finite({"auc": auc(ratings, fires), "false_alarm_bound": plain.false_alarm_bound()}),
+        "counts": vars(counts),
+        **plain(counts.scores()),
+        **plain({"auc": auc(ratings, fires), "false_alarm_bound": counts.false_alarm_bound()}),
         "intervals": count_intervals(says, fires, strata=strata, resamples=resamples, seed=seed),
-        "population": _finite(Counts.of(says, fires, weights).scores()),
+        "population": plain(Counts.of(says, fires, weights).scores()),
         "mass": sum(masses) / len(masses) if masses else None,
     }
 
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from activation_store.files import write_atomic
+from explain.judge import KINDS
 
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -283,7 +284,7 @@ def _score_means(summary: dict[str, Any]) -> list[Html]:
     judged = [
         [name, kind, by, *figures(found)]
         for name, means in summary["dictionaries"].items()
-        for kind in ("detection", "fuzzing")
+        for kind in KINDS
         for by, found in means.get(kind, {}).items()
     ]
     parts = [_table(["", *_SCORES.values(), *_MARGINS.values(), *counts], rows, caption)]
@@ -377,7 +378,7 @@ def _page(name: str, line: dict[str, Any], reason: str, inputs: ReportInputs) ->
         label: join(_figure(line.get(key), reason or "undefined or not run", "z.2f"), tag("small", _span(intervals.get(key))))
         for key, label in _SCORES.items()
     }
-    for kind in ("detection", "fuzzing"):
+    for kind in KINDS:
         if line.get(kind):
             found = line[kind]
             value = _figure(found["balanced_accuracy"], "undefined", "z.2f")

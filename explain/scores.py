@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sae.evaluation.bootstrap import Sums, intervals
+from sae.evaluation.bootstrap import MOSTLY, Sums, intervals
 
 Floats = NDArray[np.float64]
-_DEFINED = 0.95  # of the resamples: an interval of fewer would be of another quantity
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ def correlation_intervals(
         }  # fmt: skip
         for name, value in parts.items():
             sums[name][i] = weight * value
-    numbers = None if strata is None else np.unique(list(strata), return_inverse=True)[1]
-    return intervals(sums, _of_sums, resamples, seed, strata=numbers, defined=_DEFINED)
+    return intervals(sums, _of_sums, resamples, seed, strata=strata, defined=MOSTLY)
 
 
 def _of_sums(s: Sums) -> dict[str, Floats]:

@@ -117,7 +117,8 @@ class RunConfig(Section):
 
     def key(self, *sections: str) -> str:
         """Return a hash of some sections: equal keys, equal settings, but for those that decide no result."""
-        values = {name: self.model_dump(mode="json", exclude={"explain": DECIDES_NOTHING})[name] for name in sections}
+        everything = self.model_dump(mode="json", exclude={"explain": DECIDES_NOTHING})
+        values = {name: everything[name] for name in sections}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from activation_store.subject import pick_device
 from explain.backends.chat import ChatBackend
 from explain.client import check_server
 from explain.explain import explain
+from explain.judge import KINDS
 from explain.report import ReportInputs, write_report
 from monosem.plan import make_plan, require_disk
 from monosem.progress import console, progress_bar
@@ -197,7 +198,7 @@ def _explain(run: Run) -> dict[str, Any]:
         for key in ("ev_correlation", "shuffled_correlation", "lookup_correlation"):
             if found[key]["mean"] is not None:
                 figures[f"{prefix}{key}"] = found[key]["mean"]
-        for kind in ("detection", "fuzzing"):
+        for kind in KINDS:
             for by, judged in found.get(kind, {}).items():
                 if judged["balanced_accuracy"] is not None:
                     figures[f"{prefix}{kind}_{by}"] = judged["balanced_accuracy"]

@@ -133,12 +133,13 @@ def measure(
         masks = (plain, torch.ones_like(plain))
         progress(plain.numel())
         x = torch.cat([passes.seen[site].float() for site in reads], -1)
+        clean = cross_entropy(passes.logits, tokens) if known.keys() != every.keys() else None
         for hook, places in every.items():
             base = baselines[hook]
             for side, mask in enumerate(masks):
-                if hook not in known:
+                if clean is not None and hook not in known:
                     base.tokens[side, where] = mask[:, :-1].sum(1).cpu()
-                    base.clean[side, where] = _sums(cross_entropy(passes.logits, tokens), mask)
+                    base.clean[side, where] = _sums(clean, mask)
                     zero = {site: _writing(mask, torch.zeros((), device=device)) for site, _ in places}
                     base.ablated[side, where], base.ablated_kl[side, where] = _cost(passes, mask, zero)
                     progress(plain.numel())
