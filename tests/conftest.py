@@ -14,8 +14,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from llm_servers import HOOK, KEY, relu_dictionary, toy_store
 
 from activation_store import ActivationStore, DataConfig, HarvestConfig, ModelConfig
+from sae.architectures.standard import StandardSAE
 from sae.ops import Kernels, kernels_for
 
 torch.set_num_threads(2)
@@ -149,3 +151,25 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
         torch.set_num_threads(1)
     yield kernels_for("cpu", request.param == "reference")
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
+    """The toy world of the tests of explain/; modules with another define their own."""
+    return toy_store(tmp_path_factory.mktemp("toy") / "store")
+
+
+@pytest.fixture(scope="module")
+def sae() -> StandardSAE:
+    """The dictionary of the toy world, whose latents are its columns."""
+    return relu_dictionary(8, HOOK)
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key of ours, no server from outside, no proxy in between, and no waiting between the openai package's retries."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)

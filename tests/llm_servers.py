@@ -80,6 +80,8 @@ class Words:
         return "".join(self.words[i] for i in ids)
 
 
+KEY = "sk-monosem-0123456789abcdefghij"
+"""What the tests give for a key; nothing that a run writes may hold it."""
 HOOK, OTHER_HOOK = "blocks.0.hook_resid_post", "blocks.0.mlp.hook_post"
 CONTEXT, WINDOW = 16, 8
 SEQUENCES, TRAIN_SEQUENCES = 120, 90

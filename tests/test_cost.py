@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llm_servers import HOOK, WINDOW, ChatServer, Reply, Request, Words, completion, perfect, relu_dictionary, toy_store
+from llm_servers import WINDOW, ChatServer, Reply, Request, Words, completion, perfect
 
 import explain.explain as stage
 from activation_store import ActivationStore, InputError
@@ -14,23 +14,7 @@ from explain.config import ExplainConfig
 from explain.cost import Budget, Price, Usage, price_of
 from sae.sae import SAE
 
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    return toy_store(tmp_path_factory.mktemp("toy") / "store")
-
-
-@pytest.fixture(scope="module")
-def sae() -> SAE:
-    return relu_dictionary(8, HOOK)
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
+pytestmark = pytest.mark.usefixtures("api")
 
 
 def priced(path: Path, **prices: float) -> str:

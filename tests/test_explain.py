@@ -26,7 +26,6 @@ from llm_servers import (
     Words,
     make_store,
     relu_dictionary,
-    toy_store,
 )
 
 import explain.explain as stage
@@ -47,16 +46,6 @@ TOY = ExplainConfig(
     window=WINDOW, train_top=4, train_sampled=4, test_top=3, test_sampled=3, test_random=4,
 )  # fmt: skip
 SCORES = ("ev_correlation", "rsquared", "absolute_dev_explained", "lookup_correlation", "shuffled_correlation")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    return toy_store(tmp_path_factory.mktemp("toy") / "store")
-
-
-@pytest.fixture(scope="module")
-def sae() -> StandardSAE:
-    return relu_dictionary(8, HOOK)
 
 
 def with_settings(config: ExplainConfig, **settings: Any) -> ExplainConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from llm_servers import HOOK, WINDOW, ChatServer, Reply, Request, Words, completion, perfect, relu_dictionary, toy_store
+from llm_servers import HOOK, WINDOW, ChatServer, Reply, Request, Words, completion, perfect
 
 import explain.explain as stage
 from activation_store import ActivationStore
@@ -72,16 +72,6 @@ def test_what_answers_are_worth() -> None:
     assert json.loads(json.dumps(found, allow_nan=False))
     silent = [question for question in asked if not question.truth]
     assert judged(silent, [Judgement(0.0)] * 2, 100, 0)["balanced_accuracy"] is None
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    return toy_store(tmp_path_factory.mktemp("toy") / "store")
-
-
-@pytest.fixture(scope="module")
-def sae() -> SAE:
-    return relu_dictionary(8, HOOK)
 
 
 def settings(**changes: Any) -> ExplainConfig:
@@ -150,14 +140,7 @@ def judge(request: Request) -> Reply:
     return Reply(completion(json.dumps({"answers": [int(wanted in text) for text in asked["texts"].values()]})))
 
 
-@pytest.fixture
-def key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-none")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
-
-
-def test_a_chat_server_judges_five_texts_at_a_time(sae: SAE, store: ActivationStore, tmp_path: Path, key: None) -> None:
+def test_a_chat_server_judges_five_texts_at_a_time(sae: SAE, store: ActivationStore, tmp_path: Path, api: None) -> None:
     with ChatServer(judge) as server:
         config = settings(backend="openai", base_url=server.base_url, latents=(0, 1, 2), scores=("detection", "fuzzing"))
         summary = stage.explain(sae, store, Words(), config, tmp_path, seed=3).summary
@@ -172,7 +155,7 @@ def test_a_chat_server_judges_five_texts_at_a_time(sae: SAE, store: ActivationSt
 
 @pytest.mark.parametrize("answers", ["[1]", "[1, 0, 2, 0, 1]", "[true, false, true, false, true]", '"yes"', "nonsense"])
 def test_answers_that_cannot_be_read_fail_with_a_reason(
-    sae: SAE, store: ActivationStore, tmp_path: Path, key: None, answers: str
+    sae: SAE, store: ActivationStore, tmp_path: Path, api: None, answers: str
 ) -> None:
     def script(request: Request) -> Reply:
         if '"texts"' in request.user and json.loads(request.user)["description"] == "apple":

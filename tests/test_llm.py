@@ -14,6 +14,7 @@ import pytest
 from llm_servers import (
     CONTEXT,
     HOOK,
+    KEY,
     SENTENCES,
     TRAIN_SEQUENCES,
     WINDOW,
@@ -29,7 +30,6 @@ from llm_servers import (
     perfect,
     relu_dictionary,
     spoken_store,
-    toy_store,
 )
 
 import explain.explain as stage
@@ -43,29 +43,11 @@ from explain.config import ExplainConfig
 from explain.examples import Example
 from sae.sae import SAE
 
-KEY = "sk-monosem-0123456789abcdefghij"
 ROOT = Path(__file__).resolve().parent.parent
 VICTIM = "apple"  # the word of latent 0, whose requests go wrong; latents 1..3 are bread, cloud and dance
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ActivationStore:
-    return toy_store(tmp_path_factory.mktemp("toy") / "store")
-
-
-@pytest.fixture(scope="module")
-def sae() -> SAE:
-    return relu_dictionary(8, HOOK)
-
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key of ours, no server from outside, no proxy in between, and no waiting between the openai package's retries."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
+pytestmark = pytest.mark.usefixtures("api")
 
 
 def settings(server: ChatServer | None, **changes: Any) -> ExplainConfig:
