@@ -5,7 +5,7 @@ window whose text stands among the training windows is dropped. `assert_disjoint
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from explain.config import ExplainConfig
 from explain.evidence import Evidence
 from sae.sae import SAE
 
+SIDES = ("train", "valid", "test")
 _PAIRS_AT_ONCE = 4096
 
 
@@ -23,7 +24,10 @@ _PAIRS_AT_ONCE = 4096
 class Example:
     """One window: its number in the store, why it was chosen, its tokens, and the unit's activation on each.
 
-    `kind` is top, sampled (uniform among windows in which the unit fires) or random. Special tokens have activation 0.
+    `kind` says why: top; sampled, uniform among windows in which the unit fires; random, uniform among all; or a hard
+    negative, in which the unit is silent: neighbour, where one of the latents nearest by decoder direction fires, and similar,
+    near in meaning to windows in which it fires. `quantile`, of sampled ones, is the tenth of the firing windows by strength
+    that it is from, 1 the weakest. Special tokens have activation 0.
     """
 
     window: int
@@ -31,6 +35,7 @@ class Example:
     token_ids: list[int]
     tokens: list[str]
     activations: list[float]
+    quantile: int | None = None
 
     @property
     def text(self) -> str:
@@ -44,9 +49,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Unit:
-    """A latent or neuron with the examples that propose (train) and score (test) its description.
+    """A latent or neuron with the examples that propose (train), select (valid) and score (test) its description.
 
-    It fires in `fired` of the `windows` that are held out: what the test examples are a choice of.
+    It fires in `fired` of the `windows` that are held out: what the test examples are a choice of. `neighbours` are the latents
+    nearest by decoder direction, nearest first. `promoted` and `suppressed` are the tokens whose logits its direction raises
+    and lowers most, with by how much, strongest first; empty where the hook's way to the logits is not known.
     """
 
     dictionary: str
@@ -58,6 +65,10 @@ class Unit:
     test: list[Example]
     fired: int = 0
     windows: int = 0
+    valid: list[Example] = field(default_factory=list)
+    neighbours: list[int] = field(default_factory=list)
+    promoted: list[tuple[str, float]] = field(default_factory=list)
+    suppressed: list[tuple[str, float]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -67,15 +78,14 @@ class Unit:
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
         return {
-            **{key: value for key, value in vars(self).items() if key not in ("train", "test")},
-            "train": [e.as_json() for e in self.train],
-            "test": [e.as_json() for e in self.test],
+            **{key: value for key, value in vars(self).items() if key not in SIDES},
+            **{side: [e.as_json() for e in getattr(self, side)] for side in SIDES},
         }
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> "Unit":
         """Read what `as_json` wrote."""
-        return cls(**{**value, **{side: [Example(**e) for e in value[side]] for side in ("train", "test")}})
+        return cls(**{**value, **{side: [Example(**e) for e in value[side]] for side in SIDES}})
 
 
 def assert_disjoint(unit: Unit) -> None:
