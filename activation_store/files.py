@@ -82,6 +82,10 @@ def write_atomic(path: Path, *parts: Payload, sync: bool = True) -> None:
 
     `sync=False` leaves it to the caller to `sync_folder` once for many files: until then a power cut may undo the rename.
     """
+    _write_parts(path, parts, sync)
+
+
+def _write_parts(path: Path, parts: Iterable[Payload], sync: bool = True) -> None:
     aside = _aside(path)
     with full_disk_is_input(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,8 +108,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_json_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, atomically: what `read_json_lines` reads."""
-    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines).encode())
+    """Write one JSON object a line, atomically, holding one at a time: what `read_json_lines` reads."""
+    _write_parts(path, ((json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode() for line in lines))
 
 
 @contextmanager
@@ -136,10 +140,17 @@ def folder_aside(path: Path) -> Iterator[Path]:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read a journal of one JSON object a line; a last line cut off by a crash is left out, any other fault raises."""
+    return list(iterate_json_lines(path))
+
+
+def iterate_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read as `read_json_lines` does, holding one line at a time; a file that is not there has none."""
     if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")  # bytes: the cut may go through a character
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline was never committed
+        return
+    with open(path, "rb") as file:  # bytes: the cut may go through a character
+        for line in file:
+            if line.endswith(b"\n") and line != b"\n":  # what follows the last newline was never committed
+                yield json.loads(line)
 
 
 def append_json_line(path: Path, value: dict[str, Any]) -> None:

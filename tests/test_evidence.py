@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_servers import make_store
 from torch import Tensor
@@ -101,6 +101,7 @@ def assert_equal(a: Evidence, b: Evidence) -> None:
 # --- rankings
 
 
+@settings(deadline=None)  # the first example compiles the loops
 @given(
     st.permutations(range(1, 31)), st.integers(1, 12), st.lists(st.integers(0, 30), max_size=6), st.integers(0, 30)
 )

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 from explain.judge import Judgement, Kind, Question
+from explain.propose import Mistakes
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,15 @@ class Backend(Protocol):
     def __init__(self, config: ExplainConfig, folder: Path) -> None:
         """Take the settings; raise InputError for those that cannot work, before any request."""
 
-    async def propose(self, unit: Unit) -> Explanation:
-        """Describe a unit from its training examples. Raises explain.client.RequestFailed."""
+    async def propose(self, unit: Unit, sample: int = 0, mistakes: Mistakes | None = None) -> Explanation:
+        """Describe a unit from its training examples, and from the mistakes of an earlier description.
+
+        Each `sample` is another draw; 0 is the likeliest. Raises explain.client.RequestFailed.
+        """
+        ...
+
+    async def write(self, system: str, user: str, sample: int = 0) -> str:
+        """Return the description that `system` asks for, of what `user` shows. Raises RequestFailed."""
         ...
 
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,11 @@ from explain.client import ChatClient, RequestFailed, UnusableReply
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 from explain.judge import KINDS, Judgement, Kind, Question
+from explain.prompting import hashed, prompt
+from explain.propose import Mistakes, instructions, proposal, scale_of
 
-_PROMPTS = Path(__file__).parent.parent / "prompts"
 _LEVELS = 10
 _TEXTS_AT_ONCE = 5  # Paulo et al. 2024
-
-
-def prompt(name: str, kind: str = "txt") -> str:
-    """Return one of our prompt files."""
-    return (_PROMPTS / f"{name}.{kind}").read_text(encoding="utf-8")
-
-
-def levels(activations: list[float], top: float) -> list[int]:
-    """Quantise to 0..10 as Bills et al. 2023: floor(10 * max(a, 0) / top), capped at 10.
-
-    >>> levels([0.0, 0.05, 0.5, 1.0, -3.0], 1.0)
-    [0, 0, 5, 10, 0]
-    """
-    return [min(_LEVELS, math.floor(_LEVELS * max(a, 0.0) / top)) if top > 0 else 0 for a in activations]
 
 
 class ChatBackend:
@@ -39,11 +25,15 @@ class ChatBackend:
         """Open a client whose answers are journalled in `folder`."""
         self.config = config
         self.client = ChatClient(config, folder / "requests.jsonl")
-        self._propose, self._simulate = prompt("propose"), prompt("simulate")
+        self._simulate = prompt("simulate")
 
-    async def propose(self, unit: Unit) -> Explanation:
+    async def propose(self, unit: Unit, sample: int = 0, mistakes: Mistakes | None = None) -> Explanation:
         """Show the training examples with their levels and take the description from the answer's JSON."""
-        shown, top = excerpts(unit)
+        system, shown = proposal(unit, self.config, mistakes)
+        return Explanation(await self.write(system, shown, sample), scale=scale_of(unit))
+
+    async def write(self, system: str, user: str, sample: int = 0) -> str:
+        """Ask for JSON with a description. Samples above 0 are drawn at a temperature."""
         schema = {"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"],
                   "additionalProperties": False}  # fmt: skip
 
@@ -53,8 +43,8 @@ class ChatBackend:
                 raise ValueError('expected {"description": "..."} with a non-empty string')
             return text.strip()
 
-        # one level is a tenth of the strongest training activation, so that errors are measured in activations
-        return Explanation(await self._ask(self._propose, shown, schema, read), scale=top / _LEVELS)
+        text: str = await self._ask(system, user, schema, read, sample)
+        return text
 
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
         """Ask for one integer 0-10 a token, in order, a window a request."""
@@ -108,12 +98,12 @@ class ChatBackend:
         answers: list[int] = await self._ask(prompt(kind) + prompt("judge_many"), user, schema, read)
         return answers
 
-    async def _ask(self, system: str, user: str, schema: dict[str, Any], read: Any) -> Any:
+    async def _ask(self, system: str, user: str, schema: dict[str, Any], read: Any, sample: int = 0) -> Any:
         messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
         fault = ""
         for attempt in range(self.config.retries + 1):
             try:
-                answer = await self.client.complete(messages, schema, attempt)
+                answer = await self.client.complete(messages, schema, sample * (self.config.retries + 1) + attempt)
             except UnusableReply as error:
                 fault = str(error)
                 continue
@@ -130,31 +120,18 @@ class ChatBackend:
 
     def facts(self) -> dict[str, Any]:
         """Name the instrument, so that scores of different ones are never confused."""
-        prompts = {"propose": self._propose, "simulate": self._simulate}
+        prompts = {"propose": instructions(self.config), "simulate": self._simulate}
         prompts |= {kind: prompt(kind) + prompt("judge_many") for kind in KINDS}
         return {
             "instrument": "chat integers 0-10, one answer a window",
             "model": self.config.model,
-            **{f"{name}_prompt": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in prompts.items()},
+            **{f"{name}_prompt": hashed(text) for name, text in prompts.items()},
             **self.client.usage(),
         }
 
     async def close(self) -> None:
         """Close the connections."""
         await self.client.close()
-
-
-def excerpts(unit: Unit) -> tuple[str, float]:
-    """Return the training examples as a proposer is shown them, and the activation of level 10, the strongest among them."""
-    top = max((max(e.activations) for e in unit.train), default=0.0)
-    return "\n\n".join(_excerpt(i, e, levels(e.activations, top)) for i, e in enumerate(unit.train, 1)), top
-
-
-def _excerpt(number: int, example: Example, level: list[int]) -> str:
-    """Return an excerpt with its firing tokens marked, then those tokens with their levels."""
-    marked = "".join(f"<<{token}>>" if value > 0 else token for token, value in zip(example.tokens, level, strict=True))
-    pairs = ", ".join(f"{token!r}: {value}" for token, value in zip(example.tokens, level, strict=True) if value > 0)
-    return f"Excerpt {number}: {marked}\nLevels: {pairs or 'none'}"
 
 
 def _json_part(answer: str) -> str:

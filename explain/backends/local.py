@@ -6,7 +6,6 @@ the 15 or 20 likeliest tokens, and no answer has to be read: the softmax is rest
 """
 
 import copy
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -23,11 +22,12 @@ from activation_store.errors import InputError
 from activation_store.hooks import on_pass
 from activation_store.subject import load_subject
 from explain.backends.backend import Explanation, Simulation
-from explain.backends.chat import excerpts, prompt
 from explain.client import Journal, RequestFailed, content_key
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 from explain.judge import KINDS, Judgement, Kind, Question
+from explain.prompting import hashed, prompt
+from explain.propose import Mistakes, instructions, proposal, scale_of
 
 UNKNOWN = "unknown"
 _SEPARATORS = ("\t", ": ", " = ")
@@ -89,7 +89,6 @@ class LocalBackend:
         self.model, self.tokenizer, self.revision = subject.model, subject.tokenizer, subject.revision
         self.labels = Labels.of(self._encode)
         self._journal = Journal(folder / "requests.jsonl")
-        self._propose = prompt("propose")
         self._instructions = prompt("simulate_all").format(top=self.labels.top, unknown=UNKNOWN).strip()
         self._few_shot = json.loads(prompt("few_shot", "json"))
         self._judges: dict[Kind, tuple[_Prefix, list[int]]] = {}
@@ -97,30 +96,37 @@ class LocalBackend:
 
     # Proposing
 
-    async def propose(self, unit: Unit) -> Explanation:
-        """Let the model finish the JSON of a description, greedily. Raises RequestFailed where it says nothing."""
-        shown, top = excerpts(unit)
-        key = content_key(["propose", self.revision, self.config.max_answer_tokens, self._propose, shown])
+    async def propose(self, unit: Unit, sample: int = 0, mistakes: Mistakes | None = None) -> Explanation:
+        """Let the model finish the JSON of a description. Raises RequestFailed where it says nothing."""
+        system, shown = proposal(unit, self.config, mistakes)
+        return Explanation(await self.write(system, shown, sample), scale=scale_of(unit))
+
+    async def write(self, system: str, user: str, sample: int = 0) -> str:
+        """Let the model finish the JSON of a description, greedily or, above sample 0, at a temperature of 0.7."""
+        key = content_key(["propose", self.revision, self.config.max_answer_tokens, system, user, *([sample] if sample else [])])
         if key not in self._journal:
-            said = self._complete(self._propose, shown)
+            said = self._complete(system, user, sample)
             if not said:
                 raise RequestFailed("the model's description is empty")
             self._journal.add(key, said)
-        return Explanation(self._journal[key], scale=top / 10)
+        return self._journal[key]
 
     @torch.inference_mode()
-    def _complete(self, system: str, user: str) -> str:
+    def _complete(self, system: str, user: str, sample: int) -> str:
         self._asked += 1
         before, after = self._frame(system, 1)
         ids = before + self._encode(user) + after + self._encode(_DESCRIPTION)
         device = self.model.device
         given = torch.tensor([ids], device=device)
         stop = self.tokenizer.eos_token_id
-        out = self.model.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=min(self.config.max_answer_tokens, 128), do_sample=False,
-            temperature=None, top_p=None, top_k=None, pad_token_id=stop if stop is not None else 0,
-            tokenizer=self.tokenizer, stop_strings=['"}', '"\n', '" }'],
-        )  # fmt: skip
+        drawn = {"do_sample": True, "temperature": 0.7} if sample else {"do_sample": False, "temperature": None}
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(sample)
+            out = self.model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=min(self.config.max_answer_tokens, 128), **drawn,
+                top_p=None, top_k=None, pad_token_id=stop if stop is not None else 0,
+                tokenizer=self.tokenizer, stop_strings=['"}', '"\n', '" }'],
+            )  # fmt: skip
         text = self.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         return quoted(text)
 
@@ -290,13 +296,13 @@ class LocalBackend:
 
     def facts(self) -> dict[str, Any]:
         """Name the instrument; `label_mass` is the mean probability that the model gave to the levels at all."""
-        hashes = {"propose_prompt": self._propose, "simulate_prompt": self._instructions + json.dumps(self._few_shot)}
+        hashes = {"propose_prompt": instructions(self.config), "simulate_prompt": self._instructions + json.dumps(self._few_shot)}
         hashes |= {f"{kind}_prompt": prompt(kind) + prompt("judge_one") for kind in KINDS}
         return {
             "instrument": f"all tokens at once, softmax restricted to the levels 0-{self.labels.top}, in process",
             "model": self.config.model,
             "model_revision": self.revision,
-            **{name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in hashes.items()},
+            **{name: hashed(text) for name, text in hashes.items()},
             "proposals_made": self._asked,
             "label_mass": self._mass / self._labels_read if self._labels_read else None,
         }

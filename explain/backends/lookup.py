@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from explain.backends.backend import Explanation, Simulation
+from explain.client import RequestFailed
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 from explain.judge import Judgement, Kind, Question
+from explain.propose import Mistakes
 
 _SHOWN_TOKENS = 5
 
@@ -23,7 +25,7 @@ class LookupBackend:
     def __init__(self, config: ExplainConfig, folder: Path) -> None:
         """Need nothing."""
 
-    async def propose(self, unit: Unit) -> Explanation:
+    async def propose(self, unit: Unit, sample: int = 0, mistakes: Mistakes | None = None) -> Explanation:
         """Build the table; the text lists the tokens that carry most activation."""
         values: dict[int, list[float]] = defaultdict(list)
         strings: dict[int, str] = {}
@@ -37,6 +39,10 @@ class LookupBackend:
         best = sorted((t for t in total if total[t] > 0), key=lambda t: (-total[t], t))[:_SHOWN_TOKENS]
         names = ", ".join(repr(strings[token]) for token in best)
         return Explanation(f"tokens {names}" if names else "no token fires", table=table)
+
+    async def write(self, system: str, user: str, sample: int = 0) -> str:
+        """Have no words."""
+        raise RequestFailed("the token lookup writes no text")
 
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
         """Look every token up."""
