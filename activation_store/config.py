@@ -17,6 +17,8 @@ class ModelConfig(Section):
     """The subject model: any Hugging Face causal language model.
 
     `id` is a hub id, a local folder, or a local .gguf file; `gguf_file` names a GGUF inside a hub repository or folder.
+    `random_weights`, a seed, takes the model's shape and tokenizer and draws its weights anew, as before any training: what is
+    found in such a model was not learnt.
     """
 
     id: str = Field(min_length=1)
@@ -24,6 +26,7 @@ class ModelConfig(Section):
     gguf_file: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     device: str = "auto"
+    random_weights: int | None = Field(default=None, ge=0)
 
 
 class DataConfig(Section):

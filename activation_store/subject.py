@@ -105,6 +105,9 @@ def load_subject(config: ModelConfig) -> Subject:
     try:
         source = model_folder(config)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision)
+        if config.random_weights is not None:
+            model = _untrained(source, config.revision, config.random_weights).to(dtype)
+            return Subject(model.to(device).eval().requires_grad_(False), tokenizer, config, f"random-{config.random_weights}")
         model, loading = AutoModelForCausalLM.from_pretrained(
             source, revision=config.revision, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
@@ -117,6 +120,16 @@ def load_subject(config: ModelConfig) -> Subject:
         raise InputError(f"model.id: cannot load {config.id!r} ({first_line(error)})") from error
     model = model.to(device).eval().requires_grad_(False)
     return Subject(model, tokenizer, config, _revision(config, source, model))
+
+
+def _untrained(source: str, revision: str | None, seed: int) -> Any:
+    """Return the model with the weights that its own initialisation draws, float32: equal seeds, equal weights on any device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = AutoConfig.from_pretrained(source, revision=revision)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
 
 
 def empty_subject_model(config: ModelConfig) -> Any:

@@ -52,7 +52,8 @@ def make_sae(width: int, latents: int, l0: float) -> StandardSAE:
     sae = StandardSAE(SAEConfig("standard", width, latents, HOOK))
     share = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - l0 / latents))
     with torch.no_grad():
-        sae.W_enc.copy_(torch.nn.functional.normalize(torch.randn(width, latents, generator=torch.Generator().manual_seed(1)), dim=0))
+        directions = torch.randn(width, latents, generator=torch.Generator().manual_seed(1))
+        sae.W_enc.copy_(torch.nn.functional.normalize(directions, dim=0))
         sae.W_dec.copy_(sae.W_enc.T)
         sae.b_enc.fill_(-float(share))
         sae.b_dec.zero_()

@@ -18,7 +18,8 @@ class ExplainConfig(Section):
     `scores` says what a description is put to: simulation of every token's activation, scored by correlation; detection and
     fuzzing, yes or no for each window. The first of them decides whether a unit is scored or undefined, and which of several
     proposals is taken. Neurons are those of `neuron_hook` (default: the SAE's hook); `random` directions and `principal`
-    components, of the SAE's hook, are controls. Examples are windows of `window` tokens: proposals see training windows only,
+    components, of the SAE's hook, are controls, and so are latents of an SAE trained alike on the `untrained` model, with random
+    weights. Examples are windows of `window` tokens: proposals see training windows only,
     choices between proposals validation ones, and scores come from held-out ones only. Sampled windows are spread over the
     strengths at which a unit fires. Hard negatives are silent windows in which a neighbour fires, or which are similar in
     meaning (by `embedder`, a sentence-transformers folder) to those in which the unit does.
@@ -31,6 +32,7 @@ class ExplainConfig(Section):
     neuron_hook: str | None = None
     random: NonNegativeInt = 0
     principal: NonNegativeInt = 0
+    untrained: NonNegativeInt = 0
     window: int = Field(default=32, ge=2)
     train_top: int = Field(default=10, ge=1)
     train_sampled: int = Field(default=10, ge=0)

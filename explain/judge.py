@@ -30,6 +30,7 @@ class Question:
     truth: bool
     stratum: str
     weight: float
+    hard: bool = False
 
     @property
     def text(self) -> str:
@@ -45,26 +46,27 @@ class Judgement:
     mass: float | None = None
 
 
-def questions(unit: Unit, kind: Kind, seed: int) -> list[Question]:
-    """Return the questions of a unit's test examples.
+def questions(unit: Unit, kind: Kind, seed: int, side: Literal["test", "valid"] = "test") -> list[Question]:
+    """Return the questions of a unit's test examples, or of its validation examples.
 
     Detection: does the unit fire in the window at all. Fuzzing: marked are the tokens on which it fires, to at least 0.3 of the
     window's maximum; or, in silent windows, as many as that is on average, drawn at random.
     """
-    weights = population_weights(unit.test, unit.fired, unit.windows)
+    examples = unit.test if side == "test" else unit.valid
+    weights = population_weights(examples, unit.fired, unit.windows)
     chance = np.random.Generator(np.random.PCG64([seed, 4, unit.latent]))
-    firing = [_strong(example.activations) for example in unit.test]
+    firing = [_strong(example.activations) for example in examples]
     counts = [len(marked) for marked in firing if marked]
     typical = math.ceil(sum(counts) / len(counts)) if counts else 1
     found = []
-    for example, marked, weight in zip(unit.test, firing, weights, strict=True):
+    for example, marked, weight in zip(examples, firing, weights, strict=True):
         fires = bool(marked)
         if kind == "detection":
             marked = ()
         elif not fires:
             number = min(typical, len(example.tokens))
             marked = tuple(sorted(chance.choice(len(example.tokens), number, replace=False).tolist()))
-        found.append(Question(example.tokens, example.token_ids, marked, fires, example.kind, weight))
+        found.append(Question(example.tokens, example.token_ids, marked, fires, example.kind, weight, example.hard))
     return found
 
 
@@ -78,8 +80,21 @@ def judged(asked: Sequence[Question], answers: Sequence[Judgement], resamples: i
 
     At the top level every question counts once, as tests of equal halves do; `population` weighs them by the windows that they
     stand for, so that precision is what a user would meet. `false_alarm_bound`: what so few silent windows rule out. None where
-    undefined.
+    undefined. Hard negatives count in `hard` alone, which is of them and of the windows in which the unit fires. `always_yes` is
+    the F1 of who answers yes to everything.
     """
+    easy = [i for i, question in enumerate(asked) if not question.hard]
+    against_hard = [i for i, question in enumerate(asked) if question.hard or question.truth]
+    has_hard = len(easy) < len(asked)
+    figures = _figures([asked[i] for i in easy], [answers[i] for i in easy], resamples, seed)
+    of_hard = [asked[i] for i in against_hard], [answers[i] for i in against_hard]
+    counts = Counts.of([answer.probability > 0.5 for answer in of_hard[1]], [question.truth for question in of_hard[0]])
+    ratings = [answer.probability for answer in of_hard[1]]
+    scores = plain({**counts.scores(), "auc": auc(ratings, [question.truth for question in of_hard[0]])})
+    return {**figures, "hard": {"counts": vars(counts), **scores} if has_hard else None}
+
+
+def _figures(asked: Sequence[Question], answers: Sequence[Judgement], resamples: int, seed: int) -> dict[str, Any]:
     says, fires = [answer.probability > 0.5 for answer in answers], [question.truth for question in asked]
     strata = [f"{question.stratum} {question.truth}" for question in asked]
     counts = Counts.of(says, fires)
@@ -92,6 +107,7 @@ def judged(asked: Sequence[Question], answers: Sequence[Judgement], resamples: i
         **plain({"auc": auc(ratings, fires), "false_alarm_bound": counts.false_alarm_bound()}),
         "intervals": count_intervals(says, fires, strata=strata, resamples=resamples, seed=seed),
         "population": plain(Counts.of(says, fires, weights).scores()),
+        "always_yes": plain({"f1": Counts.of([True] * len(fires), fires).scores()["f1"]})["f1"],
         "mass": sum(masses) / len(masses) if masses else None,
     }
 

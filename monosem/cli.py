@@ -63,6 +63,32 @@ def explain(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def compare(config: Config, overrides: Overrides = None) -> None:
+    """Compare latents with neurons, components, random directions and an untrained model's latents, all explained alike."""
+    from rich.table import Table
+
+    from monosem.config import load_config
+    from monosem.progress import console
+    from monosem.run import Run
+
+    loaded = load_config(config, overrides or [])
+    choice = loaded.explain.latents
+    number = choice if isinstance(choice, int) else len(choice)
+    missing = {name: number for name in ("neurons", "random", "principal", "untrained") if not getattr(loaded.explain, name)}
+    from monosem.stages import do_stages
+
+    run = Run(loaded.model_copy(update={"explain": loaded.explain.model_copy(update=missing)}))
+    do_stages(run, ["harvest", "train", "explain"])
+    table = Table("dictionary", "score", "SAE", "this", "SAE less this", "95 % interval", "units")
+    for other, figures in run.compared().items():
+        for name, found in figures.items():
+            interval = "-" if found["interval"] is None else "{:.3f} to {:.3f}".format(*found["interval"])
+            values = [f"{found[key]:.3f}" for key in ("sae", other, "difference")]
+            table.add_row(other, name.replace("_", " "), *values, interval, "{} and {}".format(*found["units"]))
+    console.print(table)
+
+
+@app.command()
 def report(config: Config, overrides: Overrides = None) -> None:
     """Write the report: one HTML file that opens with the network off."""
     _do(config, overrides, ["report"])

@@ -110,6 +110,16 @@ class RunConfig(Section):
         return next(iter(self.members.values()))
 
     @property
+    def untrained(self) -> "RunConfig":
+        """The same run, of the chosen SAE alone, on the model as it is before training: a control."""
+        seed = self.model.random_weights
+        return self.model_copy(update={
+            "name": f"{self.name}-untrained", "train": self.members[self.chosen],
+            "model": self.model.model_copy(update={"random_weights": self.seed if seed is None else seed + 1}),
+            "explain": self.explain.model_copy(update={"sae": None, "untrained": 0}),
+        })  # fmt: skip
+
+    @property
     def hook(self) -> str:
         """The hook that the chosen SAE reads, the first of several."""
         hooks = self.members[self.chosen].hooks

@@ -102,6 +102,12 @@ class Run:
             raise InputError(f"{folder}: no SAE there{known or '; run `monosem train` first'}")
         return SAE.load(folder)
 
+    def compared(self) -> dict[str, Any]:
+        """Read how the SAE's latents compare with the other dictionaries that were explained."""
+        path = self.explanations / "summary.json"
+        found: dict[str, Any] = json.loads(path.read_text())["compared"] if path.exists() else {}
+        return found
+
     # The manifest: versions, facts, and which stage is done with which settings
 
     def manifest(self) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from activation_store.store import ActivationStore
 from activation_store.subject import pick_device
 from explain.backends.chat import ChatBackend
 from explain.client import check_server
+from explain.dictionaries import Dictionary
 from explain.explain import explain
 from explain.judge import KINDS
+from explain.plots import comparison_plot
 from explain.report import ReportInputs, write_report
 from monosem.plan import make_plan, require_disk
 from monosem.progress import console, progress_bar
@@ -175,15 +177,29 @@ def _evaluate(run: Run) -> dict[str, Any]:
     return figures
 
 
+def _untrained(run: Run) -> list[Dictionary]:
+    """Return the SAE of the model with random weights, harvesting and training where that is not done, if it is asked for."""
+    number = run.config.explain.untrained
+    if not number:
+        return []
+    twin = Run(run.config.untrained)
+    do_stages(twin, ["harvest", "train"])
+    sae, store = twin.sae(), twin.store()
+    return [Dictionary("untrained", "untrained", sae, store, sae.cfg.hook_name or store.hooks[0], number)]
+
+
 def _explain(run: Run) -> dict[str, Any]:
     sae, store = run.sae(), run.store()
+    others = _untrained(run)
     start = time.perf_counter()
     with progress_bar("reading evidence") as evidence, progress_bar("explain", "unit") as bar:
         result = explain(
-            sae, store, run.subject.tokenizer, run.config.explain, run.explanations, seed=run.config.seed,
+            sae, store, run.subject.tokenizer, run.config.explain, run.explanations, seed=run.config.seed, others=others,
             evidence_progress=evidence, progress=bar,
         )  # fmt: skip
     save_latents(result.latents, run.sae_folder())
+    if result.summary["compared"]:
+        write_atomic(run.folder / "plots" / "compared.png", comparison_plot(result.summary["compared"]))
     figures: dict[str, Any] = {"backend": result.summary["backend"]}
     if run.config.is_sweep:
         figures["sae"] = run.config.chosen

@@ -8,7 +8,8 @@ from typing import Any
 _LEGEND = 12  # more lines than that a legend does not tell apart
 
 
-def _figure(width: float = 6.0, height: float = 3.2) -> tuple[Any, Any]:
+def figure_of(width: float = 6.0, height: float = 3.2) -> tuple[Any, Any]:
+    """Return a figure and its axes, in inches, drawn without a window."""
     import matplotlib
 
     matplotlib.use("Agg")  # no window, whatever the machine
@@ -20,7 +21,8 @@ def _figure(width: float = 6.0, height: float = 3.2) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def png_of(figure: Any) -> bytes:
+    """Return a figure as PNG bytes, equal for equal figures, and close it."""
     from matplotlib import pyplot
 
     buffer = io.BytesIO()
@@ -34,7 +36,7 @@ def training_plots(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str,
     plots = {}
     panels = {"loss": ("loss", "mse"), "l0": ("l0",), "explained_variance": ("explained_variance", "dead_fraction")}
     for name, keys in panels.items():
-        figure, axes = _figure()
+        figure, axes = figure_of()
         keys = keys if len(metrics) == 1 else keys[:1]
         for sae, lines in metrics.items():
             for key in keys:
@@ -48,19 +50,19 @@ def training_plots(metrics: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str,
             axes.set_ylim(-0.02, 1.02)
         if 1 < len(keys) + len(metrics) - 1 <= _LEGEND:
             axes.legend(frameon=False, fontsize=None if len(metrics) == 1 else 6)
-        plots[name] = _png(figure)
+        plots[name] = png_of(figure)
     return plots
 
 
 def density_plot(evaluation: dict[str, Any]) -> bytes:
     """Return the histogram of log10 latent density on the held-out tokens."""
-    figure, axes = _figure()
+    figure, axes = figure_of()
     edges = evaluation["density_edges_log10"]
     axes.stairs(evaluation["density_histogram"], edges, fill=True, alpha=0.8)
     axes.set_xlabel("log10 of density (share of tokens on which a latent fires)")
     axes.set_ylabel("latents")
     axes.set_title(f"never fired on {evaluation['tokens']:,} tokens: {evaluation['dead_fraction']:.1%}", fontsize=9)
-    return _png(figure)
+    return png_of(figure)
 
 
 def pareto_plot(sweep: dict[str, Any]) -> bytes:
@@ -74,7 +76,7 @@ def pareto_plot(sweep: dict[str, Any]) -> bytes:
     for line in sweep["saes"]:
         label = ", ".join(str(line[field]) if field == "architecture" else f"{field} {line[field]}" for field in kinds)
         groups.setdefault(label, []).append(line)
-    figure, _ = _figure(width=9.0, height=3.6)
+    figure, _ = figure_of(width=9.0, height=3.6)
     figure.clear()
     from matplotlib.ticker import LogLocator, ScalarFormatter
 
@@ -100,7 +102,7 @@ def pareto_plot(sweep: dict[str, Any]) -> bytes:
         axes.set_ylabel(title)
         if number == 0 and len(groups) > 1:
             axes.legend(frameon=False, fontsize=7)
-    return _png(figure)
+    return png_of(figure)
 
 
 def _below_and_above(line: dict[str, Any], key: str) -> tuple[float, float]:

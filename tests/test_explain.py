@@ -28,6 +28,7 @@ from llm_servers import (
     relu_dictionary,
 )
 
+import explain.describe as describe
 import explain.explain as stage
 from activation_store import ActivationStore
 from activation_store.errors import InputError
@@ -35,8 +36,8 @@ from activation_store.files import read_json_lines
 from explain.config import ExplainConfig
 from explain.evidence import gather_evidence
 from explain.examples import Example, Unit, assert_disjoint, choose_units
-from explain.explain import _summary
 from explain.scores import correlation_intervals
+from explain.summary import summarise
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.standard import StandardSAE
 from sae.sae import SAE, SAEConfig
@@ -459,11 +460,12 @@ def test_neurons_of_a_model_go_the_same_way(
     assert sum(unit["hook"] == (neuron_hook or hook) for unit in units.values() if unit["dictionary"] == "neurons") == 7
     flat, special = tiny_store.tokens.reshape(-1), tiny_store.special.reshape(-1)
     looked_at = 0
+    assert {unit["sign"] for unit in units.values()} == {1, -1}  # some neurons are stronger below zero
     for unit in units.values():
         source = sae if unit["dictionary"] == "sae" else IdentitySAE.of(unit["hook"], tiny_store.width(unit["hook"]))
         for shown in unit["train"] + unit["test"]:
             rows = slice(shown["window"] * WINDOW, (shown["window"] + 1) * WINDOW)
-            values = source.encode(tiny_store.read(unit["hook"], rows))[:, unit["latent"]]
+            values = unit["sign"] * source.encode(tiny_store.read(unit["hook"], rows))[:, unit["latent"]]
             values = torch.where(torch.from_numpy(special[rows]), 0.0, values)
             assert shown["activations"] == pytest.approx(values.tolist(), rel=1e-4, abs=1e-5)
             assert shown["token_ids"] == flat[rows].tolist()
@@ -497,7 +499,7 @@ def assert_same_end(folder: Path, done: Path) -> None:
 def test_killed_between_units_it_ends_the_same(
     sae: SAE, store: ActivationStore, done: Path, after: int, torn: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = stage.append_json_line
+    original = describe.append_json_line
     written: list[str] = []
 
     def append(path: Path, value: dict[str, Any]) -> None:
@@ -510,7 +512,7 @@ def test_killed_between_units_it_ends_the_same(
         written.append(value["unit"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "append_json_line", append)
+        patch.setattr(describe, "append_json_line", append)
         with pytest.raises(Killed):
             start_again(sae, store, tmp_path)
     assert not (tmp_path / "scores.jsonl").exists()
@@ -522,7 +524,7 @@ def test_killed_between_units_it_ends_the_same(
         again.append(value["unit"])
         original(path, value)
 
-    monkeypatch.setattr(stage, "append_json_line", count)
+    monkeypatch.setattr(describe, "append_json_line", count)
     start_again(sae, store, tmp_path)
     assert_same_end(tmp_path, done)
     assert not set(written) & set(again)  # no finished unit was redone
@@ -688,7 +690,7 @@ def test_a_margin_is_of_pairs() -> None:
         {**line, "ev_correlation": -1.0, "shuffled_correlation": None, "lookup_correlation": None},
         {**line, "state": "failed", "ev_correlation": None, "shuffled_correlation": 0.7, "lookup_correlation": None},
     ]
-    margins = _summary(lines, 500, 0)["margins"]
+    margins = summarise(lines, 500, 0)["margins"]
     assert margins["shuffled"]["mean"] == pytest.approx(0.5)
     assert margins["shuffled"]["interval"] == pytest.approx([0.2, 0.8])  # a quarter of the resamples have one unit twice
     assert margins["shuffled"]["units"] == 2

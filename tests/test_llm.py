@@ -37,10 +37,10 @@ from activation_store import ActivationStore
 from activation_store.errors import InputError
 from activation_store.files import read_json_lines
 from explain.backends import ChatBackend, Explanation
-from explain.propose import levels
 from explain.client import check_server
 from explain.config import ExplainConfig
 from explain.examples import Example
+from explain.propose import levels
 from sae.sae import SAE
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,7 +26,7 @@ def settings(model: Path, **change: object) -> ExplainConfig:
 
 
 def examples(windows: list[list[str]]) -> list[Example]:
-    return [Example(i, "top", list(range(len(window))), window, [0.0] * len(window)) for i, window in enumerate(windows)]
+    return [Example(i, "top", list(range(len(window))), window, [1.0] * len(window)) for i, window in enumerate(windows)]
 
 
 @pytest.fixture(scope="module", params=["tiny", "real"])
