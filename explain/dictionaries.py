@@ -85,7 +85,7 @@ def stronger_tails(values: Tensor) -> list[int]:
 def sample_rows(store: ActivationStore, hook: str) -> Tensor:
     """Return rows of the training split, (rows, d), special tokens left out: blocks evenly spread over it, 65,536 at most."""
     border = store.train_sequences * store.context
-    blocks = max(1, min(border, _SAMPLE_ROWS) // _BLOCK)
+    blocks = -(-min(border, _SAMPLE_ROWS) // _BLOCK)
     starts = np.linspace(0, max(border - _BLOCK, 0), blocks).astype(int)
     rows = np.unique(np.concatenate([np.arange(start, min(start + _BLOCK, border)) for start in starts]))
     return store.read(hook, rows[~store.special.reshape(-1)[rows]])

@@ -235,7 +235,10 @@ def _known(
 ) -> list[_Wanted]:  # fmt: skip
     """Return what the evidence and chance can give, best first for each kind; more than is shown, as some will be dropped."""
     first, last = evidence.windows
-    number = min(2 * counts.get("random", 0) if "similar" not in counts else counts["random"], last - first)
+    asked = counts["random"]
+    if asked and "similar" not in counts:  # of the training side, where those that fire are passed over
+        asked = 4 * asked + 8
+    number = min(asked, last - first)
     random = sorted(chance.choice(np.arange(first, last), size=number, replace=False).tolist())
     wanted = []
     for latent in latents:
@@ -283,7 +286,7 @@ def _similar(
     for latent, own in zip(latents, strongest, strict=True):
         if own:
             nearness = (np.stack([of_asked[window] for window in own]) @ of_pool.T).max(0)
-            nearest = (-nearness).argsort(kind="stable")[: 4 * number]  # some of them will fire
+            nearest = (-nearness).argsort(kind="stable")[: 8 * number + 16]  # many of them will fire
             wanted += [_Wanted(latent, int(pool[i]), "similar") for i in nearest]
     return wanted
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from activation_store.files import iterate_json_lines, read_json_lines, write_json, write_json_lines
 from activation_store.progress import Progress
 from activation_store.store import ActivationStore
-from explain.backends import Backend, make_backend
+from explain.backends import make_backend
+from explain.clusters import label_clusters
 from explain.config import ExplainConfig
 from explain.describe import Describer
 from explain.dictionaries import Dictionary, dictionaries
@@ -69,7 +70,8 @@ def explain(
         latents = _write_units(sources, tokenizer, config, folder, seed, embedder, evidence_progress)
     counts = json.loads(counts_file.read_text())
     describer = Describer(config, backend, folder, seed)
-    asyncio.run(_take_all(units_file, describer, backend, sum(found["chosen"] for found in counts.values()), progress))
+    total = sum(found["chosen"] for found in counts.values())
+    clusters = asyncio.run(_take_all(units_file, describer, sources[0], config.clusters, total, progress))
     overlap = np.zeros(2, int)
 
     def lines() -> Iterator[dict[str, Any]]:
@@ -87,6 +89,7 @@ def explain(
             name: {**counted, **summarise([line for line in scores if line["dictionary"] == name], config.resamples, seed)}
             for name, counted in counts.items()
         },
+        **({"clusters": clusters} if clusters is not None else {}),
         "compared": compared(scores, config.resamples, seed),
     }
     write_json(folder / "summary.json", summary)
@@ -97,8 +100,10 @@ def _units(path: Path) -> Iterator[Unit]:
     return (Unit.of_json(line) for line in iterate_json_lines(path))
 
 
-async def _take_all(path: Path, describer: Describer, backend: Backend, total: int, progress: Progress) -> None:
-    """Take all units through, some at a time, so that memory does not grow with their number."""
+async def _take_all(
+    path: Path, describer: Describer, source: Dictionary, clusters: int, total: int, progress: Progress
+) -> dict[str, int] | None:  # fmt: skip
+    """Take all units through, some at a time, so that memory does not grow with their number; then label clusters."""
     finished = 0
 
     def count() -> None:
@@ -110,7 +115,14 @@ async def _take_all(path: Path, describer: Describer, backend: Backend, total: i
     units = _units(path)
     while some := list(islice(units, _UNITS_AT_ONCE)):
         await describer.take(some, count)
-    await backend.close()
+    labelled = None
+    if clusters:
+        texts = {name: line["description"] for name, line in describer.done.items() if line.get("description")}
+        chosen = {int(name.split("/")[1]): text for name, text in texts.items() if name.startswith(f"{source.name}/")}
+        path = describer.folder / "clusters.jsonl"
+        labelled = await label_clusters(source.sae, source.name, chosen, clusters, describer.backend, path)
+    await describer.backend.close()
+    return labelled
 
 
 def _splits(store: ActivationStore, config: ExplainConfig) -> dict[str, Any]:

@@ -58,6 +58,31 @@ def monosem_cli(capsys, monkeypatch, *args) -> tuple[int, str, str]:
     return code, out.out, out.err
 
 
+def test_latents_are_compared_with_an_untrained_models(tiny_config, finished, tmp_path, capsys, monkeypatch):
+    shutil.copytree(finished, tmp_path / "tiny")
+    code, out, err = monosem_cli(
+        capsys, monkeypatch, "compare", tiny_config, f"runs_dir={tmp_path}", "explain.latents=6", "explain.random=3"
+    )
+    assert code == 0, err
+    summary = json.loads((tmp_path / "tiny/explanations/summary.json").read_text())
+    chosen = {name: found["chosen"] for name, found in summary["dictionaries"].items()}
+    assert chosen == {"sae": 6, "neurons": 6, "random": 3, "principal": 6, "untrained": 6}
+    manifest = json.loads((tmp_path / "tiny-untrained/manifest.json").read_text())
+    assert manifest["model"]["model_revision"].startswith("random-")
+    mine, twin = (json.loads((tmp_path / name / "sae/cfg.json").read_text()) for name in ("tiny", "tiny-untrained"))
+    assert mine["d_sae"] == twin["d_sae"]
+    assert (tmp_path / "tiny/plots/compared.png").read_bytes()[:4] == b"\x89PNG"
+    for other in ("neurons", "random", "principal", "untrained"):
+        assert other in out
+    before = (tmp_path / "tiny-untrained/sae/sae_weights.safetensors").stat().st_mtime_ns
+    code, out, err = monosem_cli(
+        capsys, monkeypatch, "compare", tiny_config, f"runs_dir={tmp_path}", "explain.latents=6", "explain.random=3"
+    )
+    assert code == 0, err
+    assert "done already" in out  # and is shown again
+    assert (tmp_path / "tiny-untrained/sae/sae_weights.safetensors").stat().st_mtime_ns == before
+
+
 def command(*args) -> list[str]:
     return [sys.executable, "-m", "monosem", *map(str, args)]
 
