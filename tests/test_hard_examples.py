@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from llm_servers import CONTEXT, HOOK, TRAIN_SEQUENCES, WINDOW, Words, make_store, relu_dictionary
 
 from activation_store import ActivationStore
+from activation_store.errors import InputError
 from explain.config import ExplainConfig
+from explain.embedding import Embedder
 from explain.evidence import Ranking, gather_evidence, window_range
 from explain.examples import Example, Unit, _spread, assert_disjoint, choose_units, population_weights, shared
 from explain.judge import Judgement, judged, questions
@@ -135,6 +137,19 @@ def test_similar_windows_are_silent_and_near(store: ActivationStore) -> None:
     others = [e for e in unit.test if e.kind == "random" and max(e.activations) == 0]
     by_chance = np.mean([max(len(set(e.text.split()) & top) for top in strongest) for e in others])
     assert shared_words > by_chance
+
+
+def test_a_sentence_embedder_knows_what_is_near(embedder_dir: Path) -> None:
+    vectors = Embedder(str(embedder_dir)).encode(["The cat sleeps.", "A kitten is napping.", "Shares fell on Monday."])
+    assert vectors.shape == (3, 384)
+    assert np.linalg.norm(vectors, axis=1) == pytest.approx(np.ones(3), abs=1e-5)
+    assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.3
+    assert Embedder(str(embedder_dir)).encode([]).shape == (0, 384)
+
+
+def test_a_folder_without_an_embedder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"explain\.embedder: cannot load"):
+        Embedder(str(tmp_path))
 
 
 def test_hard_negatives_stand_for_no_windows() -> None:
