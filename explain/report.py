@@ -19,7 +19,10 @@ from explain.judge import KINDS
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 _VOID = {"meta", "input", "img"}
-_KINDS = {"top": "strongest", "sampled": "sampled where it fires", "random": "drawn at random"}
+_KINDS = {
+    "top": "strongest", "sampled": "sampled where it fires, weak to strong", "random": "drawn at random",
+    "neighbour": "silent, where a neighbour fires", "similar": "silent, near in meaning",
+}  # fmt: skip
 _HEADLINES = {
     "l0": ("L0", "latents active a token"),
     "explained_variance": ("Explained variance", "of held-out activations"),
@@ -34,10 +37,11 @@ _FIGURES = {
 _CONTROLS = {"ev_correlation": "Score (Pearson)", "lookup_correlation": "Lookup", "shuffled_correlation": "Shuffled"}
 _SCORES = {
     **_CONTROLS, "rsquared": "R²", "rsquared_centred": "R², centred", "absolute_dev_explained": "Abs. dev. explained",
-    "label_mass": "Mass on levels",
+    "population_correlation": "Over all windows", "hard_correlation": "Against hard negatives", "label_mass": "Mass on levels",
 }  # fmt: skip
 _JUDGED = {
     "balanced_accuracy": "Balanced accuracy", "f1": "F1", "auc": "AUC", "population_precision": "Precision at the true rate",
+    "hard_balanced_accuracy": "Balanced accuracy, hard negatives",
 }  # fmt: skip
 _MARGINS = {"shuffled": "Over shuffled", "lookup": "Over lookup"}
 
@@ -281,19 +285,33 @@ def _score_means(summary: dict[str, Any]) -> list[Html]:
     def figures(found: dict[str, Any]) -> list[Html]:
         return [*(_figure(found[figure], "undefined for all", "z.2f") for figure in _JUDGED), _figure(found["units"])]
 
+    def over(by: str, found: dict[str, Any]) -> list[Html]:
+        return [margin(found["margins"][key]) if by == "description" else Html("") for key in _MARGINS]
+
     judged = [
-        [name, kind, by, *figures(found)]
+        [name, kind, by, *figures(means[kind][by]), *over(by, means[kind])]
         for name, means in summary["dictionaries"].items()
         for kind in KINDS
-        for by, found in means.get(kind, {}).items()
+        if kind in means
+        for by in ("description", "lookup", "shuffled")
     ]
     parts = [_table(["", *_SCORES.values(), *_MARGINS.values(), *counts], rows, caption)]
     if judged:
         caption = "Yes-or-no judgements: means over units, of descriptions, the token lookup and other units' descriptions"
-        parts.append(_table(["", "test", "judged by", *_JUDGED.values(), "units"], judged, caption))
+        parts.append(_table(["", "test", "judged by", *_JUDGED.values(), "units", *_MARGINS.values()], judged, caption))
+    compared = [
+        [other, figure.replace("_", " "), *(_figure(found[key], form="z.2f") for key in ("sae", other)), margin(
+            {"mean": found["difference"], "interval": found["interval"], "units": " and ".join(map(str, found["units"]))}
+        )]
+        for other, of_other in summary.get("compared", {}).items()
+        for figure, found in of_other.items()
+    ]  # fmt: skip
+    if compared:
+        caption = "The SAE's latents beside other dictionaries: means over scored units, differences with 95 % intervals"
+        parts.append(_table(["", "score", "SAE", "this", "SAE less this"], compared, caption))
     if reasons:
         parts.append(tag("div", tag("p", "Why units failed"), tag("ul", *reasons), class_="reason"))
-    return [*parts, _facts("Instrument", {name: value for name, value in summary.items() if name != "dictionaries"})]
+    return [*parts, _facts("Instrument", {name: value for name, value in summary.items() if not isinstance(value, dict)})]
 
 
 # Features

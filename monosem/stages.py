@@ -215,9 +215,10 @@ def _explain(run: Run) -> dict[str, Any]:
             if found[key]["mean"] is not None:
                 figures[f"{prefix}{key}"] = found[key]["mean"]
         for kind in KINDS:
-            for by, judged in found.get(kind, {}).items():
-                if judged["balanced_accuracy"] is not None:
-                    figures[f"{prefix}{kind}_{by}"] = judged["balanced_accuracy"]
+            for by in ("description", "lookup", "shuffled"):
+                accuracy = found.get(kind, {}).get(by, {}).get("balanced_accuracy")
+                if accuracy is not None:
+                    figures[f"{prefix}{kind}_{by}"] = accuracy
         for control, margin in found["margins"].items():
             if margin["interval"] is not None:
                 low, high = margin["interval"]

@@ -44,7 +44,7 @@ def unit(dictionary: str, latent: int, tokens: list[str] = TOKENS) -> dict[str, 
 COUNTS = ("concept_fires", "concept_silent", "other_fires", "other_silent")
 KEYS = (
     "ev_correlation", "rsquared", "absolute_dev_explained", "rsquared_centred", "lookup_correlation", "shuffled_correlation",
-    "label_mass",
+    "population_correlation", "hard_correlation", "label_mass",
 )  # fmt: skip
 
 
@@ -71,8 +71,11 @@ def inputs(text: str = "plain") -> ReportInputs:
     none = {"mean": None, "standard_error": None, "units": 0}
     over, no = {"mean": 0.5, "interval": [0.42, 0.58], "units": 3}, {"mean": None, "interval": None, "units": 0}
     by = {"balanced_accuracy": 0.75, "f1": 0.7, "auc": None, "population_precision": 0.125, "units": 2}
-    means = {"detection": {"description": by, "lookup": by, "shuffled": {**by, "balanced_accuracy": 0.5}}}
+    by["hard_balanced_accuracy"] = 0.625
     margins = {"shuffled": over, "lookup": no}
+    means = {
+        "detection": {"description": by, "lookup": by, "shuffled": {**by, "balanced_accuracy": 0.5}, "margins": margins}
+    }
     counts = {"latents": 64, "eligible": 60, "chosen": 4, "scored": 2, "undefined": 1, "failed": 1}
     figures = {
         "l0": 12.5, "mse": 3.25, "explained_variance": 0.9, "dead_fraction": 0.0, "tokens": 1000, "ce_tokens": 500,
@@ -85,7 +88,10 @@ def inputs(text: str = "plain") -> ReportInputs:
         metrics=[{"step": 1, "loss": 2.5}, {"step": 2, "loss": float("nan")}],
         evaluation={**figures, **sides, "hook": text, "held_out_sequences": 8, "ce_sequences": 4, "density_edges_log10": []},
         summary={
-            "backend": "openai", "instrument": text,
+            "backend": "openai", "instrument": text, "splits": {"train": [0, 8]},
+            "compared": {f"neurons {text}": {"ev_correlation": {
+                "sae": 0.8125, f"neurons {text}": 0.3125, "difference": 0.5, "interval": [0.25, 0.75], "units": [3, 2],
+            }}},
             "dictionaries": {
                 "sae": {**counts, **dict.fromkeys(KEYS, mean), "margins": margins, **means, "failure_reasons": [text]},
                 "neurons": {**counts, **dict.fromkeys(KEYS, none), "margins": dict.fromkeys(margins, no), "failure_reasons": []},
