@@ -22,6 +22,7 @@ from explain.dictionaries import Dictionary, dictionaries
 from explain.embedding import Embedder
 from explain.evidence import Evidence, gather_evidence, window_range
 from explain.examples import SIDES, Unit, choose_units, shared
+from explain.outputs import with_outputs
 from explain.summary import compared, final_line, summarise
 from sae.sae import SAE, LatentStatistics
 
@@ -45,6 +46,7 @@ def explain(
     *,
     seed: int = 0,
     others: Sequence[Dictionary] = (),
+    model: Any = None,
     evidence_progress: Progress = lambda done, total: None,
     progress: Progress = lambda done, total: None,
 ) -> ExplainResult:
@@ -53,7 +55,8 @@ def explain(
     units.jsonl holds each unit's examples, scores.jsonl one final line a unit, results.jsonl the journal with every
     predicted activation, summary.json the means with counts. A unit is scored, undefined (no score exists: NaN, with
     the reason) or failed (a request failed, with the reason). Means are over scored units only; the counts stand beside.
-    `others` are explained too, such as the SAE of another model on the same tokens.
+    `others` are explained too, such as the SAE of another model on the same tokens. `model`, the subject, tells
+    what units do to its output; without it that is left open.
 
     Started again after a kill it goes on: no finished unit is redone, no answered request is sent again. Units that
     failed are tried again.
@@ -67,7 +70,8 @@ def explain(
     units_file, counts_file = folder / "units.jsonl", folder / "evidence.json"
     latents = sae.latents
     if latents is None or not units_file.exists():
-        latents = _write_units(sources, tokenizer, config, folder, seed, embedder, evidence_progress)
+        own = sources[: len(sources) - len(others)]
+        latents = _write_units(sources, own, model, tokenizer, config, folder, seed, embedder, evidence_progress)
     counts = json.loads(counts_file.read_text())
     describer = Describer(config, backend, folder, seed)
     total = sum(found["chosen"] for found in counts.values())
@@ -132,8 +136,8 @@ def _splits(store: ActivationStore, config: ExplainConfig) -> dict[str, Any]:
 
 
 def _write_units(
-    sources: Sequence[Dictionary], tokenizer: Any, config: ExplainConfig, folder: Path, seed: int, embedder: Embedder | None,
-    progress: Progress,
+    sources: Sequence[Dictionary], own: Sequence[Dictionary], model: Any, tokenizer: Any, config: ExplainConfig, folder: Path,
+    seed: int, embedder: Embedder | None, progress: Progress,
 ) -> LatentStatistics:  # fmt: skip
     """Pass over the stores, choose the units, write their examples (units.jsonl) and counts (evidence.json).
 
@@ -162,11 +166,13 @@ def _write_units(
     def units() -> Iterator[Unit]:
         for source, evidence, chosen in found:
             for start in range(0, len(chosen), _UNITS_AT_ONCE):
-                yield from choose_units(
+                some = choose_units(
                     source.sae, source.store, source.name, source.hook, chosen[start : start + _UNITS_AT_ONCE],
                     evidence["train"], evidence["held_out"], config, lambda ids: str(tokenizer.decode(ids)), seed,
                     evidence.get("valid"), embedder, source.signs,
                 )  # fmt: skip
+                known = model is not None and source in own  # others may be of other models
+                yield from with_outputs(some, source.sae, model, tokenizer) if known else some
 
     write_json(folder / "evidence.json", counts)
     write_json_lines(folder / "units.jsonl", (unit.as_json() for unit in units()))

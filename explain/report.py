@@ -52,8 +52,8 @@ class ReportInputs:
 
     metrics, evaluation, summary, scores and units are the run's files as read back. Keyed by unit name ("sae/12"):
     predictions, one list of predicted activations a test example; histograms, (n + 1 log-spaced edges of activation, n
-    counts); output_tokens, "promoted" and "suppressed" (token, logit) pairs. steering: {unit, prompt, edit, baseline,
-    steered}. plots: name -> PNG. sweep: what `sae.sweep.summary` gave, if the SAE is one of several.
+    counts). steering: {unit, prompt, edit, baseline, steered}. plots: name -> PNG. sweep: what `sae.sweep.summary` gave, if the
+    SAE is one of several.
     """
 
     title: str
@@ -65,7 +65,6 @@ class ReportInputs:
     units: list[dict[str, Any]]
     predictions: dict[str, list[list[float]]]
     histograms: dict[str, tuple[list[float], list[int]]]
-    output_tokens: dict[str, dict[str, list[tuple[str, float]]]]
     steering: list[dict[str, Any]]
     plots: dict[str, bytes]
     sweep: dict[str, Any] | None = None
@@ -408,7 +407,7 @@ def _page(name: str, line: dict[str, Any], reason: str, inputs: ReportInputs) ->
             scores[f"{kind.capitalize()}, fires + silent"] = join(f"yes {says}, no {not_says}")
     left = [_list(facts), tag("h3", "Description against held-out truth"), _list(scores)]
     left.append(_histogram(inputs.histograms.get(name), line.get("density")))
-    left.append(_output_tokens(inputs.output_tokens.get(name)))
+    left.append(_output_tokens(line))
     right = (*_examples(name, line, inputs), *_steering(name, inputs.steering))
     sides = (tag("div", *left, class_="left"), tag("div", *right, class_="right"))
     return tag("article", lead, why, tag("div", *sides, class_="page"))
@@ -441,11 +440,12 @@ def _histogram(histogram: tuple[list[float], list[int]] | None, density: Any) ->
     return join(title, svg)
 
 
-def _output_tokens(tokens: dict[str, list[tuple[str, float]]] | None) -> Html:
-    if not tokens:
-        return tag("p", "No output tokens: they exist for directions in the residual stream.", class_="note")
+def _output_tokens(unit: dict[str, Any]) -> Html:
+    if not unit.get("promoted"):
+        return tag("p", "No output tokens: from its hook no straight way to the logits is known.", class_="note")
     tables = []
-    for side, pairs in tokens.items():
+    for side in ("promoted", "suppressed"):
+        pairs = unit[side]
         rows = [(tag("code", token, class_="searched"), _figure(logit, form="+.2f")) for token, logit in pairs]
         tables.append(_table(["token", "logit"], rows, side.capitalize()))
     return tag("div", *tables, class_="output")

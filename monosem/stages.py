@@ -24,12 +24,10 @@ from explain.report import ReportInputs, write_report
 from monosem.plan import make_plan, require_disk
 from monosem.progress import console, progress_bar
 from monosem.run import Run, Stage
-from sae.architectures.identity import IdentitySAE
 from sae.evaluate import evaluate_many
 from sae.formats.saelens import save_latents
 from sae.intervene import steerable
 from sae.plots import density_plot, pareto_plot, training_plots
-from sae.readout import output_logits
 from sae.sae import HISTOGRAM_EDGES, SAE
 from sae.steer import complete, steering_sample
 from sae.sweep import summary
@@ -195,6 +193,7 @@ def _explain(run: Run) -> dict[str, Any]:
     with progress_bar("reading evidence") as evidence, progress_bar("explain", "unit") as bar:
         result = explain(
             sae, store, run.subject.tokenizer, run.config.explain, run.explanations, seed=run.config.seed, others=others,
+            model=run.subject.model,
             evidence_progress=evidence, progress=bar,
         )  # fmt: skip
     save_latents(result.latents, run.sae_folder())
@@ -281,9 +280,10 @@ def _report(run: Run) -> dict[str, Any]:
             summary=_read_json(run.explanations / "summary.json"),
             scores=scores,
             units=units,
-            predictions={line["unit"]: line["predicted"] for line in read_json_lines(run.explanations / "results.jsonl")},
+            predictions={
+                line["unit"]: line.get("predicted", []) for line in read_json_lines(run.explanations / "results.jsonl")
+            },
             histograms=_histograms(sae, scores),
-            output_tokens=_output_tokens(run, sae, scores),
             steering=steering,
             plots={file.stem: file.read_bytes() for file in sorted((run.folder / "plots").glob("*.png"))},
             sweep=sweep,
@@ -330,25 +330,6 @@ def _histograms(sae: SAE, scores: list[dict[str, Any]]) -> dict[str, tuple[list[
         if filled:
             first, last = filled[0], filled[-1] + 1
             found[line["unit"]] = (HISTOGRAM_EDGES[first : last + 1], counts[first:last])
-    return found
-
-
-def _output_tokens(run: Run, sae: SAE, scores: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[str, float]]]]:
-    """Return promoted and suppressed tokens of units in the residual stream; elsewhere the readout means nothing."""
-    model, tokenizer = run.subject.model, run.subject.tokenizer
-    found: dict[str, dict[str, list[tuple[str, float]]]] = {}
-    for dictionary in ("sae", "neurons"):
-        lines = [line for line in scores if line["dictionary"] == dictionary]
-        if not lines or ".hook_resid_" not in lines[0]["hook"]:
-            continue
-        source = sae if dictionary == "sae" else IdentitySAE.of(lines[0]["hook"], run.store().width(lines[0]["hook"]))
-        logits = output_logits(source, model, [line["latent"] for line in lines])
-        for line, row in zip(lines, logits, strict=True):
-            sides = {}
-            for side, largest in (("promoted", True), ("suppressed", False)):
-                values, ids = row.topk(10, largest=largest)
-                sides[side] = [(str(tokenizer.decode([i])), v) for v, i in zip(values.tolist(), ids.tolist(), strict=True)]
-            found[line["unit"]] = sides
     return found
 
 

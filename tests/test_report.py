@@ -67,6 +67,7 @@ def png() -> bytes:
 def inputs(text: str = "plain") -> ReportInputs:
     """Five units, `text` wherever a run shows text that it did not make itself."""
     units = [unit("sae", 0, [*TOKENS[:5], text]), *(unit("sae", n) for n in (1, 2, 3)), unit("neurons", 4)]
+    units[0] |= {"promoted": [[text, 2.0], [" dog", 1.5]], "suppressed": [[text, -1.0]]}
     mean = {"mean": 0.8, "standard_error": 0.1, "units": 3}
     none = {"mean": None, "standard_error": None, "units": 0}
     over, no = {"mean": 0.5, "interval": [0.42, 0.58], "units": 3}, {"mean": None, "interval": None, "units": 0}
@@ -105,13 +106,12 @@ def inputs(text: str = "plain") -> ReportInputs:
         units=units,
         predictions={"sae/0": [[0.0, 0.0, 5.0, 0.0, 10.0, 0.0]] * 3, "sae/1": [[1.0]]},
         histograms={"sae/0": ([0.5, 1.0, 2.0, 4.0, 8.0], [0, 3, 5, 1]), "sae/1": ([0.5, 1.0], [0])},
-        output_tokens={"sae/0": {"promoted": [(text, 2.0), (" dog", 1.5)], "suppressed": [(text, -1.0)]}},
         steering=[{"unit": "sae/0", "prompt": text, "edit": "clamp 5x max", "baseline": text, "steered": text}],
         plots={"training": png()},
     )  # fmt: skip
 
 
-EMPTY = ReportInputs("empty", {}, [], None, None, [], [], {}, {}, {}, [], {})
+EMPTY = ReportInputs("empty", {}, [], None, None, [], [], {}, {}, [], {})
 
 
 class Node:
@@ -231,8 +231,9 @@ def test_colours_are_shares_of_the_maximum(page: Page, tmp_path: Path) -> None:
 def test_examples_are_grouped_and_the_histogram_is_labelled(page: Page) -> None:
     feature = page.feature("sae-0")
     assert [h.text for h in feature.all("div", "right")[0].all("h3")] == [
-        "Held-out windows, strongest", "Held-out windows, sampled where it fires", "Held-out windows, drawn at random",
-        "Training windows, strongest", "Training windows, sampled where it fires", "Steering",
+        "Held-out windows, strongest", "Held-out windows, sampled where it fires, weak to strong",
+        "Held-out windows, drawn at random", "Training windows, strongest",
+        "Training windows, sampled where it fires, weak to strong", "Steering",
     ]  # fmt: skip
     svg = feature.all("svg", "histogram")[0]
     assert [bar.text for bar in svg.all("rect")] == ["1 to 2: 3 tokens", "2 to 4: 5 tokens", "4 to 8: 1 tokens"]
