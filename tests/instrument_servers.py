@@ -206,8 +206,9 @@ def serve(model: Model, kind: Kind, render: Callable[[list[dict[str, str]]], str
             chosen = wanted or sorted(here, key=lambda i: -here[i])[: kind.generate]
             return [[here.get(i, -30.0), i, model.say(i)] for i in chosen]
 
-        own = [[here.get(i), i, model.say(i)] for i, here in zip(ids, found, strict=True)]
-        others = list(map(listed, found))
+        start = body["logprob_start_len"]
+        own = [[here.get(i), i, model.say(i)] for i, here in zip(ids, found, strict=True)][start:]
+        others = list(map(listed, found))[start:]
         meta = {"input_token_logprobs": own, "prompt_tokens": len(ids), "completion_tokens": 1,
                 f"input_{'token_ids' if wanted else 'top'}_logprobs": others[kind.fault == "lengths differ" :]}  # fmt: skip
         return Reply({"text": "x", "meta_info": meta})

@@ -131,6 +131,11 @@ def test_prompt_logprobs_are_read_at_every_token(name: str, ten: bool, tmp_path:
     assert ("\\t10" in asked) == ten  # the invented examples keep to the scale, too
     if name == "SGLang":
         assert len(window_requests[0].body["token_ids_logprob"]) == (11 if ten else 10)
+        starts = [r.body["logprob_start_len"] for r in window_requests]
+        assert starts[0] == 0
+        assert starts[1] == starts[2]
+        whole = len(model.encode(window_requests[0].body["text"]))
+        assert whole - 150 < starts[1] < whole - 20  # the examples are the same for all windows: the server has read them
 
 
 def test_no_text_of_a_window_becomes_a_control_token(tmp_path: Path) -> None:

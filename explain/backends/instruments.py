@@ -15,7 +15,7 @@ from explain.answers import Answer
 from explain.backends.ask import ask, json_part
 from explain.backends.backend import Explanation, Simulation
 from explain.backends.layout import UNKNOWN, Conversation, prompt, simulation_text, written
-from explain.backends.levels import chances_in_answer, chances_of, expected_level, find_places
+from explain.backends.levels import chances_in_answer, chances_of, expected_level, find_places, tokens_within
 from explain.backends.probe import Capabilities, PromptLabels
 from explain.backends.routes import ROUTES
 from explain.client import ChatClient, UnusableReply, content_key
@@ -77,6 +77,7 @@ class PromptLogprobs:
     def __init__(self, client: ChatClient, labels: PromptLabels) -> None:
         """Read levels as they were found to stand in this server's prompts."""
         self._client, self._labels, self._route = client, labels, ROUTES[labels.route]
+        self._start = 0  # of what differs between windows, in tokens; the first reply will show
         self.says = f"all tokens at once, log-probabilities of the prompt ({labels.route}), levels 0-{labels.top}"
 
     @property
@@ -89,11 +90,14 @@ class PromptLogprobs:
         labels = self._labels
         window, offsets = written(tokens, [UNKNOWN] * len(tokens), labels.separator)
         shown = Conversation.of(explanation.text, window, labels.top, labels.separator)
-        path, body = self._route.request(self._client.config.model, shown, labels.ids)
+        model = self._client.config.model
+        path, body = self._route.request(model, shown, labels.ids, self._start)
+        key = content_key([labels.route, self._route.request(model, shown, labels.ids)])
 
         def read(reply: Any) -> list[list[list[float]]]:
             try:
                 found = self._route.read(reply)
+                self._start = self._start or tokens_within(found, shown.same)
                 places = find_places(found, window.rstrip(), offsets)
                 chances = [chances_of(found[place].alternatives, labels.top) for place in places]
                 _simulation(chances, labels.top, 1.0)
@@ -101,7 +105,7 @@ class PromptLogprobs:
                 raise UnusableReply(f"prompt log-probabilities: {error or type(error).__name__}") from None
             return [[[level, p] for level, p in own.items()] for own in chances]
 
-        kept = await self._client.post(path, body, content_key([labels.route, body]), read)
+        kept = await self._client.post(path, body, key, read)
         return _simulation([{int(level): p for level, p in own} for own in kept], labels.top, explanation.scale)
 
 

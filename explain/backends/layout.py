@@ -95,6 +95,12 @@ class Conversation:
         return [{"role": "system", "content": self.system}, *turns]
 
     @property
+    def same(self) -> str:
+        """How the text begins under every description, for every window."""
+        description, window = self.turns[-1]
+        return self.plain.removesuffix(f"{description}\nAnswer:\n{window}")
+
+    @property
     def plain(self) -> str:
         """As text."""
         said = [text for turn in self.turns for text in turn]

@@ -150,3 +150,15 @@ def find_places(read: Sequence[Read], text: str, offsets: Sequence[int]) -> list
             raise ValueError(f"no token of the model's begins where the prompt has {text[offset : offset + 8]!r}")
         found.append(starts[here])
     return found
+
+
+def tokens_within(read: Sequence[Read], beginning: str) -> int:
+    """Return how many tokens, less a few that what follows may change, a prompt's beginning has; 0 where it begins otherwise."""
+    whole, wanted = "".join(skeleton(token.text) for token in read), skeleton(beginning)
+    begin, at, count = whole.find(wanted), 0, 0
+    for token in read:
+        at += len(skeleton(token.text))
+        if at > begin + len(wanted):
+            break
+        count += 1
+    return max(0, count - 4) if begin >= 0 else 0

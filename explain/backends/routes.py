@@ -21,8 +21,8 @@ class Route(Protocol):
         """Name it, for summaries."""
         ...
 
-    def request(self, model: str, shown: Conversation, ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
-        """Return path and body; `ids` are the levels' tokens, for a route that can be asked for just these."""
+    def request(self, model: str, shown: Conversation, ids: Sequence[int], start: int = 0) -> tuple[str, dict[str, Any]]:
+        """Return path and body, for a route that can be asked for these tokens alone, `ids`, and from the token `start` on."""
         ...
 
     def read(self, reply: Any) -> list[Read]:
@@ -36,7 +36,7 @@ class VLLMChat:
 
     name: str = "vLLM chat prompt_logprobs"
 
-    def request(self, model: str, shown: Conversation, ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    def request(self, model: str, shown: Conversation, ids: Sequence[int], start: int = 0) -> tuple[str, dict[str, Any]]:
         """Return the request; the last answer is given as one to be continued, so that the prompt ends with it."""
         return "/chat/completions", {
             "model": model, "messages": shown.messages, "add_generation_prompt": False, "continue_final_message": True,
@@ -54,7 +54,7 @@ class VLLMCompletions:
 
     name: str = "vLLM completions prompt_logprobs"
 
-    def request(self, model: str, shown: Conversation, ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    def request(self, model: str, shown: Conversation, ids: Sequence[int], start: int = 0) -> tuple[str, dict[str, Any]]:
         """Return the request."""
         return "/completions", {"model": model, "prompt": shown.plain, **_VLLM}
 
@@ -87,16 +87,19 @@ def _of_vllm(owner: Any) -> list[Read]:
 
 @dataclass(frozen=True)
 class SGLang:
-    """SGLang's own /generate. With the levels' ids it gives the probabilities of just these: no cut-off at the likeliest."""
+    """SGLang's own /generate. With the levels' ids it gives the probabilities of just these: no cut-off at the likeliest.
+
+    What stands before `start` it takes from its cache.
+    """
 
     name: str = "SGLang /generate"
 
-    def request(self, model: str, shown: Conversation, ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    def request(self, model: str, shown: Conversation, ids: Sequence[int], start: int = 0) -> tuple[str, dict[str, Any]]:
         """Return the request."""
         wanted: dict[str, Any] = {"token_ids_logprob": list(ids)} if ids else {"top_logprobs_num": ALTERNATIVES}
         return "//generate", {
             "text": shown.plain, "sampling_params": {"max_new_tokens": 1, "temperature": 0}, "return_logprob": True,
-            "logprob_start_len": 0, "return_text_in_logprobs": True, **wanted,
+            "logprob_start_len": start, "return_text_in_logprobs": True, **wanted,
         }  # fmt: skip
 
     def read(self, reply: Any) -> list[Read]:
@@ -126,7 +129,7 @@ class Echo:
         """Name it."""
         return f"completions echo, {self.alternatives} alternatives"
 
-    def request(self, model: str, shown: Conversation, ids: Sequence[int]) -> tuple[str, dict[str, Any]]:
+    def request(self, model: str, shown: Conversation, ids: Sequence[int], start: int = 0) -> tuple[str, dict[str, Any]]:
         """Return the request."""
         return "/completions", {
             "model": model, "prompt": shown.plain, "max_tokens": 0, "temperature": 0, "echo": True,
