@@ -4,17 +4,21 @@ import asyncio
 import hashlib
 import json
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from activation_store.errors import InputError, first_line
 from activation_store.files import append_json_line, read_json_lines
+from explain.answers import Answer
 from explain.config import ExplainConfig
 from explain.cost import Budget, Usage, price_of
 
 
 class RequestFailed(Exception):
-    """A proposal or simulation could not be had; the message is the reason, kept with the unit."""
+    """A proposal or simulation could not be had; the message is the reason, kept with the unit. `status` is HTTP's, if any."""
+
+    status: int | None = None
 
 
 class UnusableReply(RequestFailed):
@@ -75,6 +79,18 @@ def _masked(text: str) -> str:
     return text.replace(key, "[key]") if key else text
 
 
+def read_completion(reply: Any) -> Answer:
+    """Return the text and the tokens of a chat completion. Raises UnusableReply for what is none."""
+    try:
+        choice = reply.choices[0]
+        text = choice.message.content
+    except (AttributeError, TypeError, LookupError):  # the openai package does not check what servers send
+        text = None
+    if not isinstance(text, str):
+        raise UnusableReply(f"the server's reply holds no text: {_masked(str(reply))[:120]!r}")
+    return Answer.of(_masked(text), choice)
+
+
 def content_key(request: Any) -> str:
     """Return the hash of all that decides an answer."""
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -124,8 +140,12 @@ class ChatClient:
         Transport faults and statuses 408, 409, 429 and 5xx are retried by the openai package, which honours Retry-After.
         Raises RequestFailed with the reason once that is exhausted, UnusableReply for a reply that is no chat completion.
         """
-        import openai
+        return (await self.answer(messages, schema, attempt)).text
 
+    async def answer(
+        self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int, top_logprobs: int = 0
+    ) -> Answer:  # fmt: skip
+        """Do as `complete`, with the answer's tokens and the likeliest `top_logprobs` in the place of each."""
         request: dict[str, Any] = {
             "model": self.config.model, "messages": messages, "temperature": 0.0 if attempt == 0 else 0.5, "seed": attempt,
             "max_completion_tokens": self.config.max_answer_tokens,  # a small model at temperature 0 may never stop
@@ -136,7 +156,45 @@ class ChatClient:
             }  # fmt: skip
         elif self.config.response_format == "json_object":
             request["response_format"] = {"type": "json_object"}
-        key = content_key(request)
+        if top_logprobs:
+            request |= {"logprobs": True, "top_logprobs": top_logprobs}
+
+        def read(reply: Any) -> str:
+            answer = read_completion(reply)
+            return answer.as_json() if top_logprobs else answer.text
+
+        kept = await self._once(content_key(request), request, lambda: self._client.chat.completions.create(**request), read)
+        return Answer.of_json(kept) if top_logprobs else Answer(kept)
+
+    async def post(
+        self, path: str, body: dict[str, Any], key: str, read: Callable[[Any], Any], retries: int | None = None
+    ) -> Any:  # fmt: skip
+        """Ask any route of the server, in its own words; what `read` takes from the JSON it replies is journalled under `key`.
+
+        A path that begins with // is at the server's root, outside of the API's own. Raises as `complete`.
+        """
+        url = self.base_url.rstrip("/").removesuffix("/v1") + path[1:] if path.startswith("//") else path
+        client = self._client if retries is None else self._client.with_options(max_retries=retries)
+        kept = await self._once(
+            key, body, lambda: client.post(url, cast_to=object, body=body), lambda reply: json.dumps(read(reply))
+        )  # fmt: skip
+        return json.loads(kept)
+
+    @property
+    def base_url(self) -> str:
+        """Where the server is."""
+        return str(self._client.base_url)
+
+    def remember(self, key: str, found: Any) -> None:
+        """Journal what a request that failed has taught, so that it is not sent again."""
+        self._journal.add(key, json.dumps(found))
+
+    async def _once(
+        self, key: str, request: dict[str, Any], send: Callable[[], Awaitable[Any]], read: Callable[[Any], str]
+    ) -> str:  # fmt: skip
+        """Return what was read of a reply, from the journal if it was answered before."""
+        import openai
+
         if key in self._journal:
             self._counts["requests_from_journal"] += 1
             return self._journal[key]
@@ -150,25 +208,29 @@ class ChatClient:
             self._counts["requests_sent"] += 1
             usage = None
             try:
-                reply = await self._client.chat.completions.create(**request)
+                reply = await send()
                 usage = Usage.of(reply)
                 self._used += usage
             except openai.APIError as error:
-                raise RequestFailed(reason(error)) from None
+                failed = RequestFailed(reason(error))
+                failed.status = getattr(error, "status_code", None)
+                raise failed from None
             except ValueError as error:  # a body that is not JSON
                 raise UnusableReply(f"the server's reply is not an API answer: {_masked(first_line(error))}") from None
             finally:
                 self._budget.settle(reserved, usage)
         try:
-            text = reply.choices[0].message.content
-        except (AttributeError, TypeError, LookupError):  # the openai package does not check what servers send
-            text = None
-        if not isinstance(text, str):
+            text = read(reply)
+        except UnusableReply:
             self._journal.add(key, None, usage)
-            raise UnusableReply(f"the server's reply holds no text: {_masked(str(reply))[:120]!r}")
-        text = _masked(text)
+            raise
         self._journal.add(key, text, usage)
         return text
+
+    async def reopen(self) -> None:
+        """Close the connections and get ready for new ones: those of one event loop are of no use in another."""
+        await self._client.close()
+        self._client = connect(self.config)
 
     def usage(self) -> dict[str, Any]:
         """Return how many requests were sent, the tokens they used, and what all of this folder's have cost, in dollars."""

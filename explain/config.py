@@ -63,6 +63,9 @@ class ExplainConfig(Section):
     # The openai backend: any OpenAI-compatible chat server; the key comes from OPENAI_API_KEY alone
     model: str = "gpt-4o-mini"
     base_url: str | None = None
+    instrument: Literal["auto", "prompt_logprobs", "top_logprobs", "token_by_token", "integers"] = Field(
+        default="auto", description="how the openai backend reads a simulation; auto: the best that the server can do"
+    )
     concurrency: int = Field(default=8, ge=1)
     timeout: float = Field(default=60.0, gt=0)
     retries: int = Field(default=4, ge=0, description="of a request that failed, and of an answer that cannot be read")

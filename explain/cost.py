@@ -39,15 +39,18 @@ class Usage:
 
     @classmethod
     def of(cls, reply: Any) -> "Usage":
-        """Read a chat completion's usage; what a server does not say is 0."""
+        """Read the usage of a completion, an object or plain JSON; what a server does not say is 0."""
+
+        def of(owner: Any, name: str) -> Any:
+            return owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
 
         def count(owner: Any, name: str) -> int:
-            found = getattr(owner, name, None)
+            found = of(owner, name)
             return found if isinstance(found, int) and found > 0 else 0
 
-        usage = getattr(reply, "usage", None)
+        usage = of(reply, "usage") or of(reply, "meta_info")  # SGLang's own route has the latter
         prompt = count(usage, "prompt_tokens")
-        cached = min(count(getattr(usage, "prompt_tokens_details", None), "cached_tokens"), prompt)
+        cached = min(count(of(usage, "prompt_tokens_details"), "cached_tokens"), prompt)
         return cls(prompt, cached, count(usage, "completion_tokens"))
 
     def __add__(self, other: "Usage") -> "Usage":

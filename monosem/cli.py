@@ -5,11 +5,14 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from activation_store.errors import InputError
+
+if TYPE_CHECKING:
+    from explain.backends.probe import Capabilities
 
 app = typer.Typer(
     name="monosem", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -128,6 +131,40 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     console.print(f"disk: {human_bytes(made.disk)} needed, {human_bytes(free)} free in {loaded.runs_dir}")
     if made.disk > free:
         console.print("[red]`monosem run` would refuse: not enough disk[/]")
+
+
+@app.command()
+def probe(
+    model: Annotated[str, typer.Option(help="the model's name at the server")],
+    base_url: Annotated[str | None, typer.Option(help="such as http://127.0.0.1:8000/v1; else OPENAI_BASE_URL")] = None,
+) -> None:
+    """Say what a chat server can do, and how it would be made to simulate. A few tiny requests."""
+    import asyncio
+    from tempfile import TemporaryDirectory
+
+    from explain.backends.probe import probe as ask_server
+    from explain.client import ChatClient, RequestFailed, check_server
+    from explain.config import ExplainConfig
+    from monosem.progress import console
+
+    config = ExplainConfig(backend="openai", model=model, base_url=base_url)
+    check_server(config)
+
+    async def ask(folder: str) -> "Capabilities":
+        client = ChatClient(config, Path(folder) / "requests.jsonl")
+        try:
+            return await ask_server(client)
+        finally:
+            await client.close()
+
+    with TemporaryDirectory() as folder:
+        try:
+            found = asyncio.run(ask(folder))
+        except RequestFailed as error:
+            raise InputError(f"--model: {model} does not answer chats: {error}") from None
+    for what, said in found.lines():
+        console.print(f"{what:<44} {said}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{'explain.instrument=auto would take':<44} {found.choose(config)}", highlight=False)
 
 
 @app.command()

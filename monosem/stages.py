@@ -356,7 +356,8 @@ def do_stages(run: Run, names: list[str]) -> None:
     if "harvest" in todo:
         require_disk(run, make_plan(run.config))
     if len(names) > 1 and "explain" in todo and run.config.explain.backend == "openai":
-        ChatBackend(run.config.explain, run.explanations)
+        server = ChatBackend(run.config.explain, run.explanations)
         check_server(run.config.explain)
+        server.prepare()
     for name in names:
         run.do(STAGES[name], STAGES)

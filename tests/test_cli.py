@@ -22,7 +22,7 @@ from activation_store import ActivationStore
 from monosem.cli import main
 from sae import SAE
 
-CHAT = ("explain.backend=openai", "explain.retries=0", "explain.neurons=0")
+CHAT = ("explain.backend=openai", "explain.instrument=integers", "explain.retries=0", "explain.neurons=0")
 RESID, MLP = "blocks.1.hook_resid_post", "blocks.1.mlp.hook_post"
 
 

@@ -25,6 +25,7 @@ def priced(path: Path, **prices: float) -> str:
 def settings(server: ChatServer, **changes: Any) -> ExplainConfig:
     values: dict[str, Any] = {
         "backend": "openai", "base_url": server.base_url, "latents": (0, 1, 2, 3), "window": WINDOW, "train_top": 3,
+        "instrument": "integers",
         "train_sampled": 1, "test_top": 2, "test_sampled": 0, "test_random": 2, "retries": 0, "timeout": 20.0,
         "shuffled_control": False, "max_answer_tokens": 64,
     }  # fmt: skip

@@ -54,7 +54,7 @@ def settings(server: ChatServer | None, **changes: Any) -> ExplainConfig:
     values: dict[str, Any] = {
         "backend": "openai", "base_url": server.base_url if server else None, "latents": (0, 1, 2, 3), "window": WINDOW,
         "train_top": 3, "train_sampled": 1, "test_top": 2, "test_sampled": 0, "test_random": 2, "retries": 1,
-        "timeout": 20.0, "shuffled_control": False,
+        "timeout": 20.0, "shuffled_control": False, "instrument": "integers",
     }  # fmt: skip
     return ExplainConfig(**{**values, **changes})
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from activation_store import InputError
 from explain.backends import Explanation, RequestFailed
-from explain.backends.local import UNKNOWN, Labels, LocalBackend, expected_levels, quoted
+from explain.backends.layout import UNKNOWN
+from explain.backends.local import Labels, LocalBackend, expected_levels, quoted
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 

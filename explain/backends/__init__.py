@@ -18,5 +18,11 @@ BACKENDS: dict[str, type[Backend]] = {"lookup": LookupBackend, "openai": ChatBac
 
 
 def make_backend(config: ExplainConfig, folder: Path) -> Backend:
-    """Return the configured backend; `folder` is where it may keep a journal of its requests."""
-    return BACKENDS[config.backend](config, folder)
+    """Return the configured backend; `folder` is where it may keep a journal of its requests.
+
+    A chat server is asked what it can do. Raises InputError where that is not what the settings ask for.
+    """
+    backend = BACKENDS[config.backend](config, folder)
+    if isinstance(backend, ChatBackend):
+        backend.prepare()
+    return backend

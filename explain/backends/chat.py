@@ -1,20 +1,25 @@
-"""Any OpenAI-compatible chat server: proposes a description, then simulates a window in one answer of integers 0-10."""
+"""Any OpenAI-compatible chat server: proposes descriptions, judges, and simulates with the best instrument that it allows."""
 
+import asyncio
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from explain.backends.ask import ask
 from explain.backends.backend import Explanation, Simulation
-from explain.client import ChatClient, RequestFailed, UnusableReply
+from explain.backends.instruments import Instrument, Integers, make_instrument
+from explain.backends.instruments import facts as instrument_facts
+from explain.backends.probe import Capabilities, probe
+from explain.client import ChatClient, RequestFailed
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 from explain.judge import KINDS, Judgement, Kind, Question
 from explain.prompting import hashed, prompt
 from explain.propose import Mistakes, instructions, proposal, scale_of
 
-_LEVELS = 10
 _TEXTS_AT_ONCE = 5  # Paulo et al. 2024
 
 
@@ -25,7 +30,38 @@ class ChatBackend:
         """Open a client whose answers are journalled in `folder`."""
         self.config = config
         self.client = ChatClient(config, folder / "requests.jsonl")
-        self._simulate = prompt("simulate")
+        self.capabilities: Capabilities | None = None
+        self._instrument: Instrument | None = Integers(self.client) if config.instrument == "integers" else None
+        self._probing = asyncio.Lock()
+
+    def prepare(self) -> None:
+        """Find out, before long work, whether the server can do what is asked of it. Raises InputError if not.
+
+        A fault that says nothing of that, such as a server that is busy, is left to the units.
+        """
+        if self._instrument is not None or "simulation" not in self.config.scores:
+            return
+
+        async def find() -> None:
+            try:
+                await self.instrument()
+            finally:
+                await self.client.reopen()
+
+        with suppress(RequestFailed):
+            asyncio.run(find())
+
+    async def instrument(self) -> Instrument:
+        """Return how windows are simulated, probing the server the first time. Raises RequestFailed; InputError as `prepare`."""
+        async with self._probing:
+            if self._instrument is None:
+                asked = self.config.instrument
+                try:
+                    self.capabilities = await probe(self.client, prompts=asked in ("auto", "prompt_logprobs"))
+                except RequestFailed as error:
+                    raise RequestFailed(f"probing the server: {error}") from None
+                self._instrument = make_instrument(self.capabilities.choose(self.config), self.client, self.capabilities)
+            return self._instrument
 
     async def propose(self, unit: Unit, sample: int = 0, mistakes: Mistakes | None = None) -> Explanation:
         """Show the training examples with their levels and take the description from the answer's JSON."""
@@ -47,28 +83,9 @@ class ChatBackend:
         return text
 
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
-        """Ask for one integer 0-10 a token, in order, a window a request."""
-        return [await self._window(explanation, example) for example in examples]
-
-    async def _window(self, explanation: Explanation, example: Example) -> Simulation:
-        n = len(example.tokens)
-        user = json.dumps(
-            {"description": explanation.text, "count": n, "tokens": dict(enumerate(example.tokens))}, ensure_ascii=False
-        )
-        numbers = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": _LEVELS}, "minItems": n, "maxItems": n}
-        schema = {"type": "object", "properties": {"activations": numbers}, "required": ["activations"],
-                  "additionalProperties": False}  # fmt: skip
-
-        def read(answer: Any) -> list[float]:
-            values = answer.get("activations") if isinstance(answer, dict) else None
-            if not isinstance(values, list) or len(values) != n:
-                found = len(values) if isinstance(values, list) else "no list"
-                raise ValueError(f'expected {{"activations": [...]}} with exactly {n} integers, got {found}')
-            if not all(type(v) is int and 0 <= v <= _LEVELS for v in values):
-                raise ValueError(f"expected integers from 0 to {_LEVELS}")
-            return [v * explanation.scale for v in values]
-
-        return Simulation(await self._ask(self._simulate, user, schema, read))
+        """Simulate window by window."""
+        instrument = await self.instrument()
+        return [await instrument.simulate(explanation, example.tokens) for example in examples]
 
     async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
         """Ask about several texts at once, for one 0 or 1 each; in an order drawn by what is asked, for judges mind the order."""
@@ -98,32 +115,19 @@ class ChatBackend:
         answers: list[int] = await self._ask(prompt(kind) + prompt("judge_many"), user, schema, read)
         return answers
 
-    async def _ask(self, system: str, user: str, schema: dict[str, Any], read: Any, sample: int = 0) -> Any:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-        fault = ""
-        for attempt in range(self.config.retries + 1):
-            try:
-                answer = await self.client.complete(messages, schema, sample * (self.config.retries + 1) + attempt)
-            except UnusableReply as error:
-                fault = str(error)
-                continue
-            try:
-                return read(json.loads(_json_part(answer)))
-            except (ValueError, RecursionError) as error:  # json's own errors: bad syntax, or nested without end
-                fault = str(error)
-                messages = [
-                    *messages[:2],
-                    {"role": "assistant", "content": answer[:500]},
-                    {"role": "user", "content": f"That answer could not be read: {fault}. Answer again, with the JSON alone."},
-                ]
-        raise RequestFailed(f"unreadable answer after {self.config.retries + 1} attempts: {fault}")
+    async def _ask(
+        self, system: str, user: str, schema: dict[str, Any], read: Callable[[Any], Any], sample: int = 0
+    ) -> Any:  # fmt: skip
+        return await ask(self.client, system, user, schema, lambda answer, _: read(answer), sample=sample)
 
     def facts(self) -> dict[str, Any]:
         """Name the instrument, so that scores of different ones are never confused."""
-        prompts = {"propose": instructions(self.config), "simulate": self._simulate}
+        prompts: dict[str, str] = {"propose": instructions(self.config)}
         prompts |= {kind: prompt(kind) + prompt("judge_many") for kind in KINDS}
+        instrument = instrument_facts(self._instrument) if self._instrument else {"instrument": "not probed"}
         return {
-            "instrument": "chat integers 0-10, one answer a window",
+            **instrument,
+            "capabilities": self.capabilities.as_json() if self.capabilities else None,
             "model": self.config.model,
             **{f"{name}_prompt": hashed(text) for name, text in prompts.items()},
             **self.client.usage(),
@@ -134,7 +138,3 @@ class ChatBackend:
         await self.client.close()
 
 
-def _json_part(answer: str) -> str:
-    """Return what stands between the first and the last brace: models like to wrap JSON in words or fences."""
-    start, end = answer.find("{"), answer.rfind("}")
-    return answer[start : end + 1] if 0 <= start < end else answer

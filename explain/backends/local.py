@@ -22,6 +22,15 @@ from activation_store.errors import InputError
 from activation_store.hooks import on_pass
 from activation_store.subject import load_subject
 from explain.backends.backend import Explanation, Simulation
+from explain.backends.layout import (
+    SEPARATORS,
+    UNKNOWN,
+    escaped,
+    few_shot,
+    plain_frame,
+    simulation_instructions,
+    simulation_text,
+)  # fmt: skip
 from explain.client import Journal, RequestFailed, content_key
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
@@ -29,8 +38,6 @@ from explain.judge import KINDS, Judgement, Kind, Question
 from explain.prompting import hashed, prompt
 from explain.propose import Mistakes, instructions, proposal, scale_of
 
-UNKNOWN = "unknown"
-_SEPARATORS = ("\t", ": ", " = ")
 _TOKENS_AT_ONCE = 4096  # of prompts in one pass
 _DESCRIPTION = '{"description": "'
 _HOLE = "\x00{}\x00"
@@ -54,7 +61,7 @@ class Labels:
     @classmethod
     def of(cls, encode: Any) -> "Labels":
         """Find a separator after which levels are single tokens. Raises InputError for a vocabulary that has none."""
-        for separator in _SEPARATORS:
+        for separator in SEPARATORS:
             before = encode(separator)
             ids = []
             for level in range(11):
@@ -89,8 +96,7 @@ class LocalBackend:
         self.model, self.tokenizer, self.revision = subject.model, subject.tokenizer, subject.revision
         self.labels = Labels.of(self._encode)
         self._journal = Journal(folder / "requests.jsonl")
-        self._instructions = prompt("simulate_all").format(top=self.labels.top, unknown=UNKNOWN).strip()
-        self._few_shot = json.loads(prompt("few_shot", "json"))
+        self._instructions = simulation_instructions(self.labels.top)
         self._judges: dict[Kind, tuple[_Prefix, list[int]]] = {}
         self._asked, self._mass, self._labels_read = 0, 0.0, 0
 
@@ -186,17 +192,14 @@ class LocalBackend:
     @cached_property
     def _simulating(self) -> tuple["_Prefix", list[int]]:
         """Instructions and invented examples up to where the description goes, and what follows it: the same in every prompt."""
-        *parts, after = self._frame(self._instructions, 1 + len(self._few_shot))
+        examples = list(few_shot(self.labels.top))
+        *parts, after = self._frame(self._instructions, 1 + len(examples))
         ids, fillings = list[int](), list[list[int]]()
-        for example in self._few_shot:
+        for description, sequences in examples:
             answer = list[int]()
-            for sequence in example["sequences"]:
-                shown = [
-                    UNKNOWN if i < sequence["revealed"] else str(min(level, self.labels.top))
-                    for i, level in enumerate(sequence["levels"])
-                ]
-                answer += self._lines(sequence["tokens"], shown)[0] + self._encode("\n")
-            fillings += [self._encode(example["description"]), answer]
+            for tokens, shown in sequences:
+                answer += self._lines(tokens, shown)[0] + self._encode("\n")
+            fillings += [self._encode(description), answer]
         for part, filling in zip(parts, [*fillings, []], strict=True):
             ids += part + filling
         return self._run(ids), after
@@ -253,7 +256,7 @@ class LocalBackend:
         ids, places = list[int](), list[int]()
         separator, end = list(self.labels.separator), self._encode("\n")
         for token, value in zip(tokens, shown, strict=True):
-            ids += self._encode(json.dumps(token, ensure_ascii=False)[1:-1]) + separator
+            ids += self._encode(escaped(token)) + separator
             places.append(len(ids) - 1)
             ids += self._value(value) + end
         return ids, places
@@ -271,8 +274,7 @@ class LocalBackend:
             roles = ("user", "assistant")
             text = self._template(system, [{"role": roles[i % 2], "content": name} for i, name in enumerate(names)])
         else:
-            lines = [f"Answer:\n{name}\n" if i % 2 else f"Description: {name}\n" for i, name in enumerate(names)]
-            text = f"{system}\n\n{''.join(lines)}Answer:\n"
+            text = plain_frame(system, names)
         parts = list[str]()
         for name in names:
             part, text = text.split(name)
@@ -296,7 +298,7 @@ class LocalBackend:
 
     def facts(self) -> dict[str, Any]:
         """Name the instrument; `label_mass` is the mean probability that the model gave to the levels at all."""
-        hashes = {"propose_prompt": instructions(self.config), "simulate_prompt": self._instructions + json.dumps(self._few_shot)}
+        hashes = {"propose_prompt": instructions(self.config), "simulate_prompt": simulation_text(self.labels.top)}
         hashes |= {f"{kind}_prompt": prompt(kind) + prompt("judge_one") for kind in KINDS}
         return {
             "instrument": f"all tokens at once, softmax restricted to the levels 0-{self.labels.top}, in process",
