@@ -129,7 +129,7 @@ def test_where_nothing_is_chosen_nothing_is_tried() -> None:
 def settings(**given: Any) -> ExplainConfig:
     return ExplainConfig(**{
         "backend": "openai", "latents": LATENTS["on one word"], "window": WINDOW, "train_top": 4, "train_sampled": 2,
-        "test_top": 2, "test_sampled": 2, "test_random": 4, "valid_share": 0.3, "resamples": 0, **given,
+        "test_top": 2, "test_sampled": 2, "test_random": 4, "valid_share": 0.3, "resamples": 0, "instrument": "integers", **given,
     })  # fmt: skip
 
 

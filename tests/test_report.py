@@ -410,7 +410,8 @@ def test_judgements_stand_in_the_report(page: Page) -> None:
     (table,) = [table for table in page.root.all("table") if "judged by" in table.text]
     rows = [[cell.text for cell in row.all("td")] for row in table.all("tr")[1:]]
     figures = {"description": "0.75", "lookup": "0.75", "shuffled": "0.50"}
-    assert [row[-5:] for row in rows] == [[value, "0.70", "–", "0.12", "2"] for value in figures.values()]
+    assert [row[3:9] for row in rows] == [[value, "0.70", "–", "0.12", "0.62", "2"] for value in figures.values()]
+    assert [row[9:] for row in rows] == [["0.50 0.42 to 0.58 n = 3", "– n = 0"], ["", ""], ["", ""]]  # margins over both controls
     text = page.feature("sae-0").all("article")[0].text
     assert "Detection, balanced accuracy" in text
     assert "0.50 to 1.00" in text
