@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from activation_store.config import Section
 
+Score = Literal["simulation", "detection", "fuzzing", "intruder", "neighbours", "outputs", "intervention"]
 DECIDES_NOTHING = {"concurrency", "timeout", "checkpoint_seconds", "prices", "max_cost"}
 """Settings of how a run goes, not of what comes out: changing them does not begin it anew."""
 
@@ -16,13 +17,13 @@ class ExplainConfig(Section):
     Of a sweep, `sae` names the SAE (default: the first). `latents` and `neurons` are a number (drawn at random, by seed, from
     those that fire in both splits) or a list.
     `scores` says what a description is put to: simulation of every token's activation, scored by correlation; detection and
-    fuzzing, yes or no for each window. The first of them decides whether a unit is scored or undefined, and which of several
-    proposals is taken. Neurons are those of `neuron_hook` (default: the SAE's hook); `random` directions and `principal`
-    components, of the SAE's hook, are controls, and so are latents of an SAE trained alike on the `untrained` model, with random
-    weights. Examples are windows of `window` tokens: proposals see training windows only,
-    choices between proposals validation ones, and scores come from held-out ones only. Sampled windows are spread over the
-    strengths at which a unit fires. Hard negatives are silent windows in which a neighbour fires, or which are similar in
-    meaning (by `embedder`, a sentence-transformers folder) to those in which the unit does.
+    fuzzing, yes or no for each window; intruder, neighbours, outputs and intervention, the right one of several texts. The first
+    of them decides whether a unit is scored or undefined, and which of several proposals is taken. Neurons are those of
+    `neuron_hook` (default: the SAE's hook); `random` directions and `principal` components, of the SAE's hook, are controls, and
+    so are latents of an SAE trained alike on the `untrained` model, with random weights. Examples are windows of `window` tokens:
+    proposals see training windows only, choices between proposals validation ones, and scores come from held-out ones only.
+    Sampled windows are spread over the strengths at which a unit fires. Hard negatives are silent windows in which a neighbour
+    fires, or which are similar in meaning (by `embedder`, a sentence-transformers folder) to those in which the unit does.
     """
 
     backend: Literal["lookup", "openai", "local"] = "lookup"
@@ -52,7 +53,7 @@ class ExplainConfig(Section):
     valid_share: float = Field(default=0.1, gt=0, lt=1, description="of training sequences, held back where proposals are chosen")
     clusters: NonNegativeInt = Field(default=0, description="groups of the explained latents, by direction, that get a label too")
     # Scoring
-    scores: tuple[Literal["simulation", "detection", "fuzzing"], ...] = Field(default=("simulation",), min_length=1)
+    scores: tuple[Score, ...] = Field(default=("simulation",), min_length=1)
     shuffled_control: bool = True
     resamples: int = Field(default=1000, ge=0, description="of the bootstrap behind intervals; 0: no intervals")
     stop_width: float | None = Field(default=None, gt=0, description="stop simulating where the interval is narrower than this")
@@ -90,6 +91,12 @@ class ExplainConfig(Section):
             raise ValueError("explain.test_similar: needs explain.embedder, the folder of a sentence-transformers model")
         if "negatives" in self.show and not self.train_negatives:
             raise ValueError("explain.show: negatives given, but explain.train_negatives is 0; say how many")
+        if self.chooses and self.scores[0] not in ("simulation", "detection", "fuzzing"):
+            raise ValueError(
+                f"explain.scores: {self.scores[0]} given first; with best_of or refine, simulation, detection or fuzzing must be"
+            )
+        if "neighbours" in self.scores and self.test_neighbour < 2:
+            raise ValueError("explain.scores: neighbours given, but explain.test_neighbour is under 2; say how many")
         if self.backend == "lookup":
             given = [name for name in ("show", "clusters") if getattr(self, name)] + ["best_of / refine"] * self.chooses
             if given:

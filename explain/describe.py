@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 
 from activation_store.files import append_json_line, iterate_json_lines
 from explain.backends import Backend, Explanation, LookupBackend, RequestFailed, Simulation
+from explain.choice import CHOICE_KINDS, ChoiceKind, choices, chosen
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit, population_weights
 from explain.judge import KINDS, judged, questions
@@ -34,6 +35,7 @@ class Describer:
     backend: Backend
     folder: Path
     seed: int
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by unit, what the model writes with it clamped
     done: dict[str, Line] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -41,6 +43,7 @@ class Describer:
         """Read what is done; predictions stay in the file."""
         self.done = {line["unit"]: _without_predictions(line) for line in iterate_json_lines(self.folder / "results.jsonl")}
         self._lookup = LookupBackend(self.config, self.folder)
+        self._together: Sequence[Unit] = ()
         self._in_words = not isinstance(self.backend, LookupBackend)
         self._described = {line["unit"]: line for line in iterate_json_lines(self.folder / "descriptions.jsonl")}
 
@@ -49,7 +52,8 @@ class Describer:
 
         The shuffled control puts another unit's description, of the same dictionary, to this unit's test examples.
         """
-        slots = asyncio.Semaphore(self.config.concurrency)
+        self._together = units
+        slots = asyncio.Semaphore(2 * self.config.concurrency)  # of units: requests have a limit of their own
         explanations: dict[str, Explanation] = {}
         other = derangement(units, self.seed)
 
@@ -98,7 +102,7 @@ class Describer:
     async def _trial(self, unit: Unit, explanation: Explanation) -> Trial:
         """Put a proposal to the validation windows, by the first of the scores."""
         kind = self.config.scores[0]
-        if kind == "simulation":
+        if kind not in KINDS:  # simulation: see ExplainConfig
             expected = [simulation.expected for simulation in await self.backend.simulate(explanation, unit.valid)]
             value = _number(correlation_scores([e.activations for e in unit.valid], expected).ev_correlation)
         else:
@@ -123,7 +127,21 @@ class Describer:
                 with _said_of(kind):
                     line[kind] = judged(asked, await self.backend.judge(explanation, kind, asked), config.resamples, self.seed)
                 line[f"lookup_{kind}"] = judged(asked, await self._lookup.judge(table, kind, asked), 0, self.seed)
+        for choice in CHOICE_KINDS:
+            if choice in config.scores:
+                by = None if choice == "intruder" else explanation
+                with _said_of(choice):
+                    line[choice] = await self._chosen(unit, by, choice, self.backend, config.resamples)
+                if choice == "neighbours":
+                    line[f"lookup_{choice}"] = await self._chosen(unit, table, choice, self._lookup)
         return line
+
+    async def _chosen(
+        self, unit: Unit, explanation: Explanation | None, kind: ChoiceKind, backend: Backend, resamples: int = 0
+    ) -> Line:  # fmt: skip
+        rivals = [one for one in self._together if one.dictionary == unit.dictionary and one.name != unit.name]
+        asked, why = choices(unit, kind, self.seed, rivals, self.texts)
+        return chosen(asked, await backend.choose(explanation, kind, asked), why, resamples, self.seed)
 
     async def _add_control(self, unit: Unit, line: Line, stranger: Explanation | None, wanted: bool) -> bool:
         """Add the shuffled control; return whether nothing is missing. Its failure is not the unit's own.
@@ -141,6 +159,9 @@ class Describer:
                 if kind in self.config.scores:
                     asked = questions(unit, kind, self.seed)
                     line[f"shuffled_{kind}"] = judged(asked, await self.backend.judge(stranger, kind, asked), 0, self.seed)
+            for choice in CHOICE_KINDS[1:]:  # intruders are found without a description
+                if choice in self.config.scores:
+                    line[f"shuffled_{choice}"] = await self._chosen(unit, stranger, choice, self.backend)
         except RequestFailed:
             return False
         return True

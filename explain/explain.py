@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from activation_store.files import iterate_json_lines, read_json_lines, write_json, write_json_lines
+from activation_store.errors import InputError
+from activation_store.files import append_json_line, iterate_json_lines, read_json_lines, write_json, write_json_lines
 from activation_store.progress import Progress
 from activation_store.store import ActivationStore
 from explain.backends import make_backend
@@ -22,6 +23,7 @@ from explain.dictionaries import Dictionary, dictionaries
 from explain.embedding import Embedder
 from explain.evidence import Evidence, gather_evidence, window_range
 from explain.examples import SIDES, Unit, choose_units, shared
+from explain.interventions import prompts_of, written
 from explain.outputs import with_outputs
 from explain.summary import compared, final_line, summarise
 from sae.sae import SAE, LatentStatistics
@@ -64,16 +66,17 @@ def explain(
     backend = make_backend(config, folder)
     embedder = Embedder(config.embedder) if config.embedder is not None and config.test_similar else None
     window_range(store, config.window, "train")  # refuses windows that do not tile
-    sources = [*dictionaries(sae, store, config, seed), *others]
+    own = dictionaries(sae, store, config, seed)
+    sources = [*own, *others]
     for source in sources:
         source.check()
     units_file, counts_file = folder / "units.jsonl", folder / "evidence.json"
     latents = sae.latents
     if latents is None or not units_file.exists():
-        own = sources[: len(sources) - len(others)]
         latents = _write_units(sources, own, model, tokenizer, config, folder, seed, embedder, evidence_progress)
     counts = json.loads(counts_file.read_text())
-    describer = Describer(config, backend, folder, seed)
+    texts = _continuations(own, model, tokenizer, folder, seed) if "intervention" in config.scores else {}
+    describer = Describer(config, backend, folder, seed, texts)
     total = sum(found["chosen"] for found in counts.values())
     clusters = asyncio.run(_take_all(units_file, describer, sources[0], config.clusters, total, progress))
     overlap = np.zeros(2, int)
@@ -127,6 +130,22 @@ async def _take_all(
         labelled = await label_clusters(source.sae, source.name, chosen, clusters, describer.backend, path)
     await describer.backend.close()
     return labelled
+
+
+def _continuations(sources: Sequence[Dictionary], model: Any, tokenizer: Any, folder: Path, seed: int) -> dict[str, list[str]]:
+    """Return what the model writes with each unit clamped, writing continuations.jsonl; units that are there already are done."""
+    if model is None:
+        raise InputError("explain.scores: intervention needs the model; give explain() model=")
+    path = folder / "continuations.jsonl"
+    done = {line["unit"]: line for line in iterate_json_lines(path)}
+    by_name = {source.name: source for source in sources}
+    for unit in _units(folder / "units.jsonl"):
+        source = by_name.get(unit.dictionary)
+        if unit.name not in done and source is not None:  # others may be of other models
+            line = vars(written(model, tokenizer, source.sae, unit, prompts_of(source.store, seed)))
+            append_json_line(path, line)
+            done[unit.name] = line
+    return {name: line["texts"] for name, line in done.items() if line["texts"]}
 
 
 def _splits(store: ActivationStore, config: ExplainConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from activation_store.files import write_atomic
+from explain.choice import CHOICE_KINDS
 from explain.judge import KINDS
 
 _HERE = Path(__file__).parent
@@ -298,6 +299,18 @@ def _score_means(summary: dict[str, Any]) -> list[Html]:
     if judged:
         caption = "Yes-or-no judgements: means over units, of descriptions, the token lookup and other units' descriptions"
         parts.append(_table(["", "test", "judged by", *_JUDGED.values(), "units", *_MARGINS.values()], judged, caption))
+    by_whom = ("description", "lookup", "shuffled", "chance")
+    picked = [
+        [name, kind, *(_figure(found["accuracy"][by], "not asked", "z.2f") for by in by_whom),
+         *(margin(found["margins"][control]) for control in ("chance", "shuffled")), _figure(found["units"])]
+        for name, means in summary["dictionaries"].items()
+        for kind in CHOICE_KINDS
+        if (found := means.get(kind)) is not None
+    ]  # fmt: skip
+    if picked:
+        caption = "Which of several texts is right: mean accuracies over units, and margins with 95 % intervals"
+        heads = ["", "question", "description", "lookup", "shuffled", "chance", "Over chance", "Over shuffled", "units"]
+        parts.append(_table(heads, picked, caption))
     compared = [
         [other, figure.replace("_", " "), *(_figure(found[key], form="z.2f") for key in ("sae", other)), margin(
             {"mean": found["difference"], "interval": found["interval"], "units": " and ".join(map(str, found["units"]))}
@@ -405,6 +418,11 @@ def _page(name: str, line: dict[str, Any], reason: str, inputs: ReportInputs) ->
             counts = found["counts"]
             says, not_says = (f"{counts[f'{c}_fires']:g} + {counts[f'{c}_silent']:g}" for c in ("concept", "other"))
             scores[f"{kind.capitalize()}, fires + silent"] = join(f"yes {says}, no {not_says}")
+    for choice in CHOICE_KINDS:
+        if line.get(choice):
+            found = line[choice]
+            value = _figure(found["accuracy"], found["reason"] or "undefined", "z.2f")
+            scores[f"{choice.capitalize()}, accuracy"] = join(value, tag("small", _span(found.get("interval"))))
     left = [_list(facts), tag("h3", "Description against held-out truth"), _list(scores)]
     left.append(_histogram(inputs.histograms.get(name), line.get("density")))
     left.append(_output_tokens(line))

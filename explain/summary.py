@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from explain.choice import CHOICE_KINDS
 from explain.examples import HARD, Unit
 from explain.judge import KINDS
 from sae.evaluation.bootstrap import intervals
@@ -24,7 +25,7 @@ def final_line(unit: Unit, result: Line | None, failure: str | None, scores: Seq
         "density": unit.density, "max_activation": unit.max_activation, "state": "scored", "reason": None,
         "description": None, "proposals": None, **dict.fromkeys(_MEANS), "intervals": None, "label_mass": None,
         "lookup_correlation": None, "shuffled_correlation": None, "constant_rsquared": None,
-        **{f"{prefix}{kind}": None for kind in KINDS for prefix in ("", "lookup_", "shuffled_")},
+        **{f"{prefix}{kind}": None for kind in (*KINDS, *CHOICE_KINDS) for prefix in ("", "lookup_", "shuffled_")},
         **{f"{side}_windows": [e.window for e in getattr(unit, side)] for side in ("train", "valid", "test")},
         "tested_windows": None, "test_tokens": sum(len(e.tokens) for e in unit.test),
     }  # fmt: skip
@@ -43,6 +44,8 @@ def final_line(unit: Unit, result: Line | None, failure: str | None, scores: Seq
         fires = any(a > 0 for e in unit.test for a in e.activations)
         why = "it fires in every test example" if fires else "it fires in no test example"
         line |= {"state": "undefined", "reason": f"{first} undefined: {why}"}
+    elif first in CHOICE_KINDS and line[first]["accuracy"] is None:
+        line |= {"state": "undefined", "reason": f"{first} undefined: {line[first]['reason']}"}
     return line
 
 
@@ -68,6 +71,7 @@ def summarise(lines: Sequence[Line], resamples: int, seed: int) -> Line:
     reasons = sorted({line["reason"] for line in lines if line["state"] == "failed"})
     asked = [kind for kind in KINDS if any(line.get(kind) is not None for line in scored)]
     judged_by: Line = {kind: _judged_means(scored, kind, resamples, seed) for kind in asked}
+    judged_by |= {kind: found for kind in CHOICE_KINDS if (found := _choice_means(scored, kind, resamples, seed)) is not None}
     return {**states, **{key: mean(key) for key in keys}, "margins": margins, **judged_by, "failure_reasons": reasons[:5]}
 
 
@@ -97,6 +101,29 @@ def _judged_means(scored: Sequence[Line], kind: str, resamples: int, seed: int) 
     return found
 
 
+def _choice_means(scored: Sequence[Line], kind: str, resamples: int, seed: int) -> Line | None:
+    """Return mean accuracies over units by whose choices they are, what chance gives, and margins; None if nobody was asked."""
+    own = [line for line in scored if (line.get(kind) or {}).get("accuracy") is not None]
+    if not any(line.get(kind) is not None for line in scored):
+        return None
+
+    def accuracies(prefix: str) -> list[float | None]:
+        return [(line.get(f"{prefix}{kind}") or {}).get("accuracy") for line in own]
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if known else None
+
+    by = {"description": accuracies(""), "lookup": accuracies("lookup_"), "shuffled": accuracies("shuffled_")}
+    by["chance"] = [line[kind]["chance"] for line in own]
+    pairs = {control: list(zip(by["description"], by[control], strict=True)) for control in ("chance", "shuffled", "lookup")}
+    return {
+        "accuracy": {name: mean(values) for name, values in by.items()}, "units": len(own),
+        "margins": {control: _margin(of, resamples, seed) for control, of in pairs.items()},
+        "places": np.sum([line[kind]["places"] for line in own], axis=0).tolist() if own else None,
+    }  # fmt: skip
+
+
 def _balanced(line: Line, key: str) -> float | None:
     judged = line.get(key)
     value: float | None = None if judged is None else judged["balanced_accuracy"]
@@ -106,7 +133,9 @@ def _balanced(line: Line, key: str) -> float | None:
 def figures_of(line: Line) -> dict[str, float | None]:
     """Return the figures of a line that units of different dictionaries are compared by."""
     judged = {f"{kind} {name}": (line.get(kind) or {}).get(name) for kind in KINDS for name in ("balanced_accuracy", "auc")}
-    return {**{key: line.get(key) for key in ("ev_correlation", "population_correlation", "hard_correlation")}, **judged}
+    picked = {f"{kind} accuracy": (line.get(kind) or {}).get("accuracy") for kind in CHOICE_KINDS}
+    simulated = {key: line.get(key) for key in ("ev_correlation", "population_correlation", "hard_correlation")}
+    return {**simulated, **judged, **picked}
 
 
 def compared(lines: Sequence[Line], resamples: int, seed: int, reference: str = "sae") -> Line:

@@ -15,6 +15,7 @@ from activation_store.live import stream_activations
 from activation_store.store import ActivationStore
 from activation_store.subject import pick_device
 from explain.backends.chat import ChatBackend
+from explain.choice import CHOICE_KINDS
 from explain.client import check_server
 from explain.dictionaries import Dictionary
 from explain.explain import explain
@@ -218,6 +219,10 @@ def _explain(run: Run) -> dict[str, Any]:
                 accuracy = found.get(kind, {}).get(by, {}).get("balanced_accuracy")
                 if accuracy is not None:
                     figures[f"{prefix}{kind}_{by}"] = accuracy
+        for choice in CHOICE_KINDS:
+            if choice in found and found[choice]["accuracy"]["description"] is not None:
+                figures[f"{prefix}{choice}"] = found[choice]["accuracy"]["description"]
+                figures[f"{prefix}{choice}_chance"] = found[choice]["accuracy"]["chance"]
         for control, margin in found["margins"].items():
             if margin["interval"] is not None:
                 low, high = margin["interval"]

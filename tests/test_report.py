@@ -51,6 +51,8 @@ KEYS = (
 def line(of: dict[str, Any], state: str, reason: str | None = None, description: str | None = None) -> dict[str, Any]:
     figures = {key: 0.9 - 0.1 * of["latent"] if state == "scored" else None for key in KEYS}
     worth = {"balanced_accuracy": 0.75, "intervals": {"balanced_accuracy": [0.5, 1.0]}, "counts": dict.fromkeys(COUNTS, 3.0)}
+    picked = {"accuracy": 0.8125, "interval": [0.4, 1.0], "reason": None}
+    figures |= {"outputs": picked if state == "scored" else None}
     figures |= {"detection": worth if state == "scored" else None, "fuzzing": None}
     figures["intervals"] = {"ev_correlation": [0.31, 0.97], "rsquared": None} if state == "scored" else None
     facts = {key: of[key] for key in ("dictionary", "hook", "latent", "density", "max_activation")}
@@ -77,6 +79,8 @@ def inputs(text: str = "plain") -> ReportInputs:
     means = {
         "detection": {"description": by, "lookup": by, "shuffled": {**by, "balanced_accuracy": 0.5}, "margins": margins}
     }
+    accuracy = {"description": 0.8125, "lookup": None, "shuffled": 0.25, "chance": 0.2}
+    means["outputs"] = {"accuracy": accuracy, "units": 2, "margins": {"chance": over, "shuffled": over, "lookup": no}}
     counts = {"latents": 64, "eligible": 60, "chosen": 4, "scored": 2, "undefined": 1, "failed": 1}
     figures = {
         "l0": 12.5, "mse": 3.25, "explained_variance": 0.9, "dead_fraction": 0.0, "tokens": 1000, "ce_tokens": 500,
@@ -406,12 +410,23 @@ def test_the_policy_stops_what_escaping_would_let_through(browser: Any, tmp_path
     assert len(refused) >= 2
 
 
+def test_choices_and_comparisons_stand_in_the_report(page: Page) -> None:
+    (table,) = [table for table in page.root.all("table") if "Which of several texts" in table.text]
+    (row,) = [[cell.text for cell in row.all("td")] for row in table.all("tr")[1:]]
+    assert row[1:5] == ["0.81", "–", "0.25", "0.20"]
+    assert row[-3:] == ["0.50 0.42 to 0.58 n = 3", "0.50 0.42 to 0.58 n = 3", "2"]
+    (compared,) = [table for table in page.root.all("table") if "beside other dictionaries" in table.text]
+    (row,) = [[cell.text for cell in row.all("td")] for row in compared.all("tr")[1:]]
+    assert row[-3:] == ["0.81", "0.31", "0.50 0.25 to 0.75 n = 3 and 2"]
+    assert "0.81 0.40 to 1.00" in page.feature("sae-0").text
+
+
 def test_judgements_stand_in_the_report(page: Page) -> None:
     (table,) = [table for table in page.root.all("table") if "judged by" in table.text]
     rows = [[cell.text for cell in row.all("td")] for row in table.all("tr")[1:]]
     figures = {"description": "0.75", "lookup": "0.75", "shuffled": "0.50"}
-    assert [row[3:9] for row in rows] == [[value, "0.70", "–", "0.12", "0.62", "2"] for value in figures.values()]
-    assert [row[9:] for row in rows] == [["0.50 0.42 to 0.58 n = 3", "– n = 0"], ["", ""], ["", ""]]  # margins over both controls
+    assert [row[2:8] for row in rows] == [[value, "0.70", "–", "0.12", "0.62", "2"] for value in figures.values()]
+    assert [row[8:] for row in rows] == [["0.50 0.42 to 0.58 n = 3", "– n = 0"], ["", ""], ["", ""]]  # margins over both controls
     text = page.feature("sae-0").all("article")[0].text
     assert "Detection, balanced accuracy" in text
     assert "0.50 to 1.00" in text

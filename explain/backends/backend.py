@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from explain.choice import Choice, ChoiceKind, Chosen
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
 from explain.judge import Judgement, Kind, Question
@@ -59,6 +60,10 @@ class Backend(Protocol):
 
     async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
         """Say of each question whether the explanation fits, by the rule of `kind`. Raises RequestFailed."""
+        ...
+
+    async def choose(self, explanation: Explanation | None, kind: ChoiceKind, asked: Sequence[Choice]) -> list[Chosen]:
+        """Choose one option of each question, by the explanation; of intruders there is none. Raises RequestFailed."""
         ...
 
     def facts(self) -> dict[str, Any]:

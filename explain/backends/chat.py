@@ -13,6 +13,7 @@ from explain.backends.backend import Explanation, Simulation
 from explain.backends.instruments import Instrument, Integers, make_instrument
 from explain.backends.instruments import facts as instrument_facts
 from explain.backends.probe import Capabilities, probe
+from explain.choice import CHOICE_KINDS, Choice, ChoiceKind, Chosen
 from explain.client import ChatClient, RequestFailed
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
@@ -83,19 +84,17 @@ class ChatBackend:
         return text
 
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
-        """Simulate window by window."""
+        """Simulate window by window, all at once as far as the limit on requests allows."""
         instrument = await self.instrument()
-        return [await instrument.simulate(explanation, example.tokens) for example in examples]
+        return list(await asyncio.gather(*(instrument.simulate(explanation, example.tokens) for example in examples)))
 
     async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
         """Ask about several texts at once, for one 0 or 1 each; in an order drawn by what is asked, for judges mind the order."""
         order = sorted(range(len(asked)), key=lambda i: hashlib.sha256(f"{kind}\n{asked[i].text}".encode()).digest())
-        found: dict[int, Judgement] = {}
-        for start in range(0, len(order), _TEXTS_AT_ONCE):
-            some = order[start : start + _TEXTS_AT_ONCE]
-            for i, answer in zip(some, await self._several(explanation, kind, [asked[i].text for i in some]), strict=True):
-                found[i] = Judgement(float(answer))
-        return [found[i] for i in range(len(asked))]
+        groups = [order[start : start + _TEXTS_AT_ONCE] for start in range(0, len(order), _TEXTS_AT_ONCE)]
+        answers = await asyncio.gather(*(self._several(explanation, kind, [asked[i].text for i in some]) for some in groups))
+        found = {i: answer for some, given in zip(groups, answers, strict=True) for i, answer in zip(some, given, strict=True)}
+        return [Judgement(float(found[i])) for i in range(len(asked))]
 
     async def _several(self, explanation: Explanation, kind: Kind, texts: list[str]) -> list[int]:
         n = len(texts)
@@ -115,6 +114,26 @@ class ChatBackend:
         answers: list[int] = await self._ask(prompt(kind) + prompt("judge_many"), user, schema, read)
         return answers
 
+    async def choose(self, explanation: Explanation | None, kind: ChoiceKind, asked: Sequence[Choice]) -> list[Chosen]:
+        """Ask for the number of one option, a question a request."""
+        return list(await asyncio.gather(*(self._choose(explanation, kind, question) for question in asked)))
+
+    async def _choose(self, explanation: Explanation | None, kind: ChoiceKind, question: Choice) -> Chosen:
+        n = len(question.options)
+        described = {} if explanation is None else {"description": explanation.text}
+        user = json.dumps({**described, "texts": dict(enumerate(question.options, 1))}, ensure_ascii=False)
+        number = {"type": "integer", "minimum": 1, "maximum": n}
+        schema = {"type": "object", "properties": {"answer": number}, "required": ["answer"], "additionalProperties": False}
+
+        def read(answer: Any) -> int:
+            value = answer.get("answer") if isinstance(answer, dict) else None
+            if type(value) is not int or not 1 <= value <= n:
+                raise ValueError(f'expected {{"answer": a number from 1 to {n}}}')
+            return value
+
+        picked = await self._ask(prompt(f"choose_{kind}") + prompt("choose_json"), user, schema, read)
+        return Chosen(tuple(float(i == picked) for i in range(1, n + 1)))
+
     async def _ask(
         self, system: str, user: str, schema: dict[str, Any], read: Callable[[Any], Any], sample: int = 0
     ) -> Any:  # fmt: skip
@@ -124,6 +143,7 @@ class ChatBackend:
         """Name the instrument, so that scores of different ones are never confused."""
         prompts: dict[str, str] = {"propose": instructions(self.config)}
         prompts |= {kind: prompt(kind) + prompt("judge_many") for kind in KINDS}
+        prompts |= {kind: prompt(f"choose_{kind}") + prompt("choose_json") for kind in CHOICE_KINDS}
         instrument = instrument_facts(self._instrument) if self._instrument else {"instrument": "not probed"}
         return {
             **instrument,

@@ -31,6 +31,7 @@ from explain.backends.layout import (
     simulation_instructions,
     simulation_text,
 )  # fmt: skip
+from explain.choice import CHOICE_KINDS, Choice, ChoiceKind, Chosen
 from explain.client import Journal, RequestFailed, content_key
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
@@ -97,7 +98,7 @@ class LocalBackend:
         self.labels = Labels.of(self._encode)
         self._journal = Journal(folder / "requests.jsonl")
         self._instructions = simulation_instructions(self.labels.top)
-        self._judges: dict[Kind, tuple[_Prefix, list[int]]] = {}
+        self._judges: dict[str, tuple[_Prefix, list[int]]] = {}
         self._asked, self._mass, self._labels_read = 0, 0.0, 0
 
     # Proposing
@@ -230,11 +231,11 @@ class LocalBackend:
                 found.append(Judgement(yes / (yes + no), yes + no))
         return found
 
-    def _judging(self, kind: Kind) -> tuple["_Prefix", list[int]]:
-        if kind not in self._judges:
-            before, after = self._frame((prompt(kind) + prompt("judge_one")).strip(), 1)
-            self._judges[kind] = self._run(before), after
-        return self._judges[kind]
+    def _judging(self, name: str, answer: str = "judge_one") -> tuple["_Prefix", list[int]]:
+        if name not in self._judges:
+            before, after = self._frame((prompt(name) + prompt(answer)).strip(), 1)
+            self._judges[name] = self._run(before), after
+        return self._judges[name]
 
     @cached_property
     def _answers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -244,6 +245,30 @@ class LocalBackend:
         if not yes or not no:
             raise InputError("explain.model: yes and no are no tokens of its vocabulary, so it cannot judge; take another model")
         return yes, no
+
+    # Choosing
+
+    async def choose(self, explanation: Explanation | None, kind: ChoiceKind, asked: Sequence[Choice]) -> list[Chosen]:
+        """Return the probabilities of the options' numbers as the answer's first token, by a softmax over these alone."""
+        prefix, after = self._judging(f"choose_{kind}", "choose_one")
+        found = list[Chosen]()
+        for question in asked:
+            described = "" if explanation is None else f"Description: {explanation.text}\n\n"
+            shown = "\n".join(f"{number}: {text}" for number, text in enumerate(question.options, 1))
+            tail = self._encode(described + shown) + after
+            (logits,) = self._logits(prefix, [tail], [[len(tail) - 1]])
+            p = logits[0].double().softmax(0)
+            of_option = [float(p[list(self._number(n))].sum()) for n in range(1, len(question.options) + 1)]
+            mass = sum(of_option)
+            found.append(Chosen(tuple(value / mass for value in of_option), mass))
+        return found
+
+    def _number(self, number: int) -> tuple[int, ...]:
+        """Return the tokens that a number can be written as."""
+        forms = {ids[0] for space in ("", " ") if len(ids := self._encode(f"{space}{number}")) == 1}
+        if not forms:
+            raise InputError("explain.model: digits are no tokens of its vocabulary, so it cannot choose; take another model")
+        return tuple(forms)
 
     # Prompts as token ids
 
@@ -300,6 +325,7 @@ class LocalBackend:
         """Name the instrument; `label_mass` is the mean probability that the model gave to the levels at all."""
         hashes = {"propose_prompt": instructions(self.config), "simulate_prompt": simulation_text(self.labels.top)}
         hashes |= {f"{kind}_prompt": prompt(kind) + prompt("judge_one") for kind in KINDS}
+        hashes |= {f"{kind}_prompt": prompt(f"choose_{kind}") + prompt("choose_one") for kind in CHOICE_KINDS}
         return {
             "instrument": f"all tokens at once, softmax restricted to the levels 0-{self.labels.top}, in process",
             "model": self.config.model,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from explain.backends.backend import Explanation, Simulation
+from explain.choice import Choice, ChoiceKind, Chosen
 from explain.client import RequestFailed
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit
@@ -55,6 +56,18 @@ class LookupBackend:
             fires = [explanation.table.get(token, 0.0) > 0 for token in question.token_ids]
             marked = [fires[i] for i in question.marked]
             found.append(Judgement(float(any(fires)) if kind == "detection" else sum(marked) / max(len(marked), 1)))
+        return found
+
+    async def choose(self, explanation: Explanation | None, kind: ChoiceKind, asked: Sequence[Choice]) -> list[Chosen]:
+        """Choose the option whose tokens have the greatest sum in the table; where no tokens are known, all alike."""
+        found = []
+        for question in asked:
+            known = question.ids and all(question.ids)
+            ids = question.ids if known else ((),) * len(question.options)
+            table = explanation.table if explanation is not None else {}
+            sums = [sum(table.get(token, 0.0) for token in of_option) for of_option in ids]
+            winners = [value == max(sums) for value in sums]
+            found.append(Chosen(tuple(wins / sum(winners) for wins in winners)))
         return found
 
     def facts(self) -> dict[str, Any]:
