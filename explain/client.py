@@ -13,12 +13,28 @@ from activation_store.files import append_json_line, read_json_lines
 from explain.answers import Answer
 from explain.config import ExplainConfig
 from explain.cost import Budget, Usage, price_of
+from explain.limits import CROWDED, Limit, delay_of
+
+_MOST_REFUSALS = 6  # of one request that are laid to others of ours
+_OPTIONAL = (
+    "temperature", "seed", "reasoning_effort", "top_logprobs", "logprobs", "response_format", "max_completion_tokens",
+    "max_tokens",
+)  # fmt: skip
 
 
 class RequestFailed(Exception):
     """A proposal or simulation could not be had; the message is the reason, kept with the unit. `status` is HTTP's, if any."""
 
     status: int | None = None
+    begun: float = 0.0
+
+
+class Crowded(RequestFailed):
+    """The server has no room for the request now."""
+
+
+class Passing(RequestFailed):
+    """A fault of the network or the server, which may heal."""
 
 
 class UnusableReply(RequestFailed):
@@ -39,7 +55,7 @@ def connect(config: ExplainConfig) -> Any:
     if not key.isascii() or not key.isprintable() or key != key.strip():
         raise InputError("OPENAI_API_KEY holds characters that no HTTP header may hold, such as a line break: set it again")
     try:
-        return openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=config.retries, timeout=config.timeout)
+        return openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=config.timeout)  # we retry: see limits
     except Exception as error:  # httpx has no public base of its URL errors
         raise InputError(f"explain.base_url: {base_url!r} is not a server's address ({first_line(error)})") from None
 
@@ -96,6 +112,11 @@ def content_key(request: Any) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
+def _jitter(key: str, attempt: int) -> float:
+    """Return a number in [0, 1) of a request and attempt: spread over requests, the same in every run."""
+    return int(hashlib.sha256(f"{key}{attempt}".encode()).hexdigest()[:8], 16) / 16**8
+
+
 class Journal:
     """Answers by the key of what was asked, one line each in a file: what was answered once is not asked again."""
 
@@ -129,7 +150,8 @@ class ChatClient:
         self.config = config
         self._journal = Journal(journal)
         self._client = connect(config)
-        self._slots = asyncio.Semaphore(config.concurrency)
+        self._limit = Limit(config.concurrency)
+        self._dropped: dict[str, str] = {}  # parameters that the server refused, and what it said
         self._counts = {"requests_sent": 0, "requests_from_journal": 0}
         self._used = Usage()  # by this start
         self._budget = Budget(price_of(config), config.max_cost, config.max_answer_tokens, self._journal.used)
@@ -137,7 +159,8 @@ class ChatClient:
     async def complete(self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int) -> str:
         """Return the answer's text. `attempt` above 0 asks afresh for one that could not be read.
 
-        Transport faults and statuses 408, 409, 429 and 5xx are retried by the openai package, which honours Retry-After.
+        Transport faults and statuses 408, 409, 429 and 5xx are retried, `explain.retries` times, after as long as Retry-After
+        says. A parameter that the server says it does not take is left out from then on.
         Raises RequestFailed with the reason once that is exhausted, UnusableReply for a reply that is no chat completion.
         """
         return (await self.answer(messages, schema, attempt)).text
@@ -146,6 +169,8 @@ class ChatClient:
         self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int, top_logprobs: int = 0
     ) -> Answer:  # fmt: skip
         """Do as `complete`, with the answer's tokens and the likeliest `top_logprobs` in the place of each."""
+        import openai
+
         request: dict[str, Any] = {
             "model": self.config.model, "messages": messages, "temperature": 0.0 if attempt == 0 else 0.5, "seed": attempt,
             "max_completion_tokens": self.config.max_answer_tokens,  # a small model at temperature 0 may never stop
@@ -163,7 +188,19 @@ class ChatClient:
             answer = read_completion(reply)
             return answer.as_json() if top_logprobs else answer.text
 
-        kept = await self._once(content_key(request), request, lambda: self._client.chat.completions.create(**request), read)
+        if self.config.reasoning_effort is not None:
+            request["reasoning_effort"] = self.config.reasoning_effort
+
+        async def send() -> Any:
+            while True:
+                allowed = self._allowed(request)
+                try:
+                    return await self._client.chat.completions.create(**allowed)
+                except openai.BadRequestError as error:
+                    if not self._learns(error, allowed):
+                        raise
+
+        kept = await self._once(content_key(request), request, send, read)
         return Answer.of_json(kept) if top_logprobs else Answer(kept)
 
     async def post(
@@ -174,9 +211,8 @@ class ChatClient:
         A path that begins with // is at the server's root, outside of the API's own. Raises as `complete`.
         """
         url = self.base_url.rstrip("/").removesuffix("/v1") + path[1:] if path.startswith("//") else path
-        client = self._client if retries is None else self._client.with_options(max_retries=retries)
         kept = await self._once(
-            key, body, lambda: client.post(url, cast_to=object, body=body), lambda reply: json.dumps(read(reply))
+            key, body, lambda: self._client.post(url, cast_to=object, body=body), lambda reply: json.dumps(read(reply)), retries
         )  # fmt: skip
         return json.loads(kept)
 
@@ -190,15 +226,37 @@ class ChatClient:
         self._journal.add(key, json.dumps(found))
 
     async def _once(
-        self, key: str, request: dict[str, Any], send: Callable[[], Awaitable[Any]], read: Callable[[Any], str]
+        self, key: str, request: dict[str, Any], send: Callable[[], Awaitable[Any]], read: Callable[[Any], str],
+        retries: int | None = None,
     ) -> str:  # fmt: skip
         """Return what was read of a reply, from the journal if it was answered before."""
-        import openai
-
         if key in self._journal:
             self._counts["requests_from_journal"] += 1
             return self._journal[key]
-        async with self._slots:
+        left, attempt = self.config.retries if retries is None else retries, 0
+        while True:
+            try:
+                return await self._tried(key, request, send, read)
+            except Crowded as refused:
+                # a refusal for want of room is held against the request only where it was alone: else it is the crowd's fault
+                left -= self._limit.alone or attempt >= _MOST_REFUSALS
+                if left < 0:
+                    raise
+                self._limit.refused(refused.begun, delay_of(refused.__cause__, attempt, _jitter(key, attempt)))
+            except Passing as fault:
+                left -= 1
+                if left < 0:
+                    raise
+                await asyncio.sleep(delay_of(fault.__cause__, attempt, _jitter(key, attempt)))
+            attempt += 1
+
+    async def _tried(
+        self, key: str, request: dict[str, Any], send: Callable[[], Awaitable[Any]], read: Callable[[Any], str]
+    ) -> str:  # fmt: skip
+        """Send a request once, in a slot, within the budget. Raises Crowded or Passing for what may heal."""
+        import openai
+
+        async with self._limit.slot() as begun:
             reserved = self._budget.reserve(len(json.dumps(request).encode()))
             if reserved is None:
                 raise RequestFailed(
@@ -211,10 +269,13 @@ class ChatClient:
                 reply = await send()
                 usage = Usage.of(reply)
                 self._used += usage
+                self._limit.succeeded()
             except openai.APIError as error:
-                failed = RequestFailed(reason(error))
-                failed.status = getattr(error, "status_code", None)
-                raise failed from None
+                status = getattr(error, "status_code", None)
+                passing = isinstance(error, openai.APIConnectionError) or status in (408, 409) or (status or 0) >= 500
+                failed = (Crowded if status in CROWDED else Passing if passing else RequestFailed)(reason(error))
+                failed.status, failed.begun = status, begun
+                raise failed from error  # its headers say when to ask again
             except ValueError as error:  # a body that is not JSON
                 raise UnusableReply(f"the server's reply is not an API answer: {_masked(first_line(error))}") from None
             finally:
@@ -234,7 +295,32 @@ class ChatClient:
 
     def usage(self) -> dict[str, Any]:
         """Return how many requests were sent, the tokens they used, and what all of this folder's have cost, in dollars."""
-        return {**self._counts, **vars(self._used), "cost_usd": self._budget.cost}
+        dropped = {"parameters_dropped": sorted(self._dropped)} if self._dropped else {}
+        return {**self._counts, **vars(self._used), "cost_usd": self._budget.cost, **self._limit.facts(), **dropped}
+
+    def _allowed(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return a request without what the server has refused, in the words that it does take."""
+        allowed = {name: value for name, value in request.items() if name not in self._dropped}
+        if "max_completion_tokens" in self._dropped and "max_tokens" not in self._dropped:
+            allowed["max_tokens"] = request["max_completion_tokens"]
+        if "response_format" in self._dropped and "json_object" not in self._dropped and "response_format" in request:
+            allowed["response_format"] = {"type": "json_object"}
+        return allowed
+
+    def _learns(self, error: Any, sent: dict[str, Any]) -> bool:
+        """Say whether a refusal names a parameter that can be done without, and do without it from now on.
+
+        Reasoning models refuse temperatures and log-probabilities, older servers what is new; which ones is not known by name.
+        """
+        said = f"{getattr(error, 'param', None) or ''} {error}".lower()
+        for name in _OPTIONAL:
+            if name in sent and name in said:
+                plainer = name == "response_format" and sent[name]["type"] == "json_object"  # the next that is tried
+                self._dropped |= {name: reason(error), **({"json_object": reason(error)} if plainer else {})}
+                if name == "logprobs":
+                    self._dropped["top_logprobs"] = reason(error)
+                return True
+        return False
 
     async def close(self) -> None:
         """Close the connections."""

@@ -73,6 +73,7 @@ class ExplainConfig(Section):
     prices: str | None = Field(default=None, description="YAML of dollars for a million tokens, before explain/prices.yaml")
     max_cost: float | None = Field(default=None, gt=0, description="dollars that requests of this run may cost in all")
     max_answer_tokens: int = Field(default=1024, ge=16)
+    reasoning_effort: str | None = Field(default=None, description="passed on to servers that take it")
     response_format: Literal["json_schema", "json_object", "text"] = "json_schema"
 
     @property

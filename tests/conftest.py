@@ -177,9 +177,9 @@ def sae() -> StandardSAE:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key of ours, no server from outside, no proxy in between, and no waiting between the openai package's retries."""
+    """A key of ours, no server from outside, no proxy in between, and no waiting between retries."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in ("OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0)
+    monkeypatch.setattr("explain.limits.FIRST_DELAY", 0.0)

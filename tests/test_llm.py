@@ -219,15 +219,16 @@ def test_no_answer_may_go_on_without_end(sae: SAE, store: ActivationStore, tmp_p
 
 # --- one unit's requests go wrong
 
-# What the server says, how often it should be asked with retries = 1, and what the reason must name
+# What the server says, how often it should be asked with retries = 1, and what the reason must name. A refusal for want of
+# room is not held against a request while another runs.
 FAULTS = {
     "401": (Reply(error("Incorrect API key provided."), 401), 1, "401"),
     "403": (Reply(error("Country not supported."), 403), 1, "403"),
     "404": (Reply(error("The model does not exist."), 404), 1, "404"),
-    "400": (Reply(error("Unsupported value: temperature."), 400), 1, "400"),
-    "429": (Reply(error("Rate limit reached."), 429, {"Retry-After": "0"}), 2, "429"),
+    "400": (Reply(error("The prompt is too long."), 400), 1, "400"),
+    "429": (Reply(error("Rate limit reached."), 429, {"Retry-After": "0"}), (2, 8), "429"),
     "500": (Reply(error("The server had an error."), 500), 2, "500"),
-    "503 in HTML": (Reply("<html>Service Unavailable</html>", 503), 2, "503"),
+    "503 in HTML": (Reply("<html>Service Unavailable</html>", 503), (2, 8), "503"),
     "closed midway": (Reply(b'{"id": "chatcmpl-1", "cho', cut=True), 2, "onnection"),
     "silence": (Reply(completion("late"), delay=3.0), 2, "timed out"),
     "body not JSON": (Reply(b'{"id": "chatcmpl-1", "cho'), None, "not an API answer"),
@@ -268,7 +269,8 @@ def test_a_fault_of_the_server_costs_one_unit_only(
     assert summary["ev_correlation"] == {"mean": pytest.approx(1.0), "standard_error": pytest.approx(0.0), "units": 3}
     assert summary["failure_reasons"] == [lines[0]["reason"]]
     bad = [r for r in server.requests if r.about == VICTIM and (r.simulates is not None) == (step == "simulate")]
-    assert len(bad) == attempts if attempts else 1 <= len(bad) <= 2
+    least, most = attempts if isinstance(attempts, tuple) else (attempts, attempts) if attempts else (1, 2)
+    assert least <= len(bad) <= most
     assert "sae/0" not in {line["unit"] for line in read_json_lines(tmp_path / "results.jsonl")}
 
 
@@ -616,7 +618,8 @@ def test_a_question_put_otherwise_is_asked_anew(
     with ChatServer() as server:
         run(sae, store, settings(server, latents=(0,)), tmp_path)
         sent = len(server.requests)
-        (tmp_path / "results.jsonl").unlink()
+        for name in ("results", "descriptions"):  # as where settings changed
+            (tmp_path / f"{name}.jsonl").unlink()
         run(sae, store, settings(server, latents=(0,), **changed), tmp_path)
         assert len(server.requests) == 2 * sent
 

@@ -1,13 +1,15 @@
 """Asking a chat server until its answer can be read."""
 
+import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from explain.answers import Answer
 from explain.client import ChatClient, RequestFailed, UnusableReply
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 async def ask(
@@ -37,6 +39,21 @@ async def ask(
                 {"role": "user", "content": f"That answer could not be read: {fault}. Answer again, with the JSON alone."},
             ]
     raise RequestFailed(f"unreadable answer after {attempts} attempts: {fault}")
+
+
+async def ask_each(call: Callable[[Item], Awaitable[T]], items: Sequence[Item]) -> list[T]:
+    """Return what `call` gives for each item: the first alone, then the others at once, as far as the limit on requests allows.
+
+    Where the first fails nothing more is sent; of the others all are heard out, so that no answer is lost, before a failure is
+    raised.
+    """
+    found = [await call(item) for item in items[:1]]
+    others = await asyncio.gather(*(call(item) for item in items[1:]), return_exceptions=True)
+    for other in others:
+        if isinstance(other, BaseException):
+            raise other
+        found.append(other)
+    return found
 
 
 def json_part(answer: str) -> str:

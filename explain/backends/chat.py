@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from explain.backends.ask import ask
+from explain.backends.ask import ask, ask_each
 from explain.backends.backend import Explanation, Simulation
 from explain.backends.instruments import Instrument, Integers, make_instrument
 from explain.backends.instruments import facts as instrument_facts
@@ -78,21 +78,21 @@ class ChatBackend:
             text = answer.get("description") if isinstance(answer, dict) else None
             if not isinstance(text, str) or not text.strip():
                 raise ValueError('expected {"description": "..."} with a non-empty string')
-            return text.strip()
+            return text.strip().encode("utf-8", "replace").decode()  # JSON can spell half a character, files cannot hold it
 
         text: str = await self._ask(system, user, schema, read, sample)
         return text
 
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
-        """Simulate window by window, all at once as far as the limit on requests allows."""
+        """Simulate window by window."""
         instrument = await self.instrument()
-        return list(await asyncio.gather(*(instrument.simulate(explanation, example.tokens) for example in examples)))
+        return await ask_each(lambda example: instrument.simulate(explanation, example.tokens), examples)
 
     async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
         """Ask about several texts at once, for one 0 or 1 each; in an order drawn by what is asked, for judges mind the order."""
         order = sorted(range(len(asked)), key=lambda i: hashlib.sha256(f"{kind}\n{asked[i].text}".encode()).digest())
         groups = [order[start : start + _TEXTS_AT_ONCE] for start in range(0, len(order), _TEXTS_AT_ONCE)]
-        answers = await asyncio.gather(*(self._several(explanation, kind, [asked[i].text for i in some]) for some in groups))
+        answers = await ask_each(lambda some: self._several(explanation, kind, [asked[i].text for i in some]), groups)
         found = {i: answer for some, given in zip(groups, answers, strict=True) for i, answer in zip(some, given, strict=True)}
         return [Judgement(float(found[i])) for i in range(len(asked))]
 
@@ -116,7 +116,7 @@ class ChatBackend:
 
     async def choose(self, explanation: Explanation | None, kind: ChoiceKind, asked: Sequence[Choice]) -> list[Chosen]:
         """Ask for the number of one option, a question a request."""
-        return list(await asyncio.gather(*(self._choose(explanation, kind, question) for question in asked)))
+        return await ask_each(lambda question: self._choose(explanation, kind, question), asked)
 
     async def _choose(self, explanation: Explanation | None, kind: ChoiceKind, question: Choice) -> Chosen:
         n = len(question.options)
