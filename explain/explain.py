@@ -64,17 +64,10 @@ def explain(
     failed are tried again.
     """
     backend = make_backend(config, folder)
-    embedder = Embedder(config.embedder) if config.embedder is not None and config.test_similar else None
-    window_range(store, config.window, "train")  # refuses windows that do not tile
-    own = dictionaries(sae, store, config, seed)
-    sources = [*own, *others]
-    for source in sources:
-        source.check()
-    units_file, counts_file = folder / "units.jsonl", folder / "evidence.json"
-    latents = sae.latents
-    if latents is None or not units_file.exists():
-        latents = _write_units(sources, own, model, tokenizer, config, folder, seed, embedder, evidence_progress)
-    counts = json.loads(counts_file.read_text())
+    own, sources, latents = prepare(
+        sae, store, tokenizer, config, folder, seed=seed, others=others, model=model, progress=evidence_progress
+    )
+    units_file, counts = folder / "units.jsonl", json.loads((folder / "evidence.json").read_text())
     texts = _continuations(own, model, tokenizer, folder, seed) if "intervention" in config.scores else {}
     describer = Describer(config, backend, folder, seed, texts)
     total = sum(found["chosen"] for found in counts.values())
@@ -101,6 +94,26 @@ def explain(
     }
     write_json(folder / "summary.json", summary)
     return ExplainResult(summary, latents)
+
+
+def prepare(
+    sae: SAE, store: ActivationStore, tokenizer: Any, config: ExplainConfig, folder: Path, *, seed: int = 0,
+    others: Sequence[Dictionary] = (), model: Any = None, progress: Progress = lambda done, total: None,
+) -> tuple[list[Dictionary], list[Dictionary], LatentStatistics]:  # fmt: skip
+    """Choose the units and write their examples, unless that is done; asks no LLM.
+
+    Returns the SAE's dictionaries, these with the others, and the SAE's statistics.
+    """
+    embedder = Embedder(config.embedder) if config.embedder is not None and config.test_similar else None
+    window_range(store, config.window, "train")  # refuses windows that do not tile
+    own = dictionaries(sae, store, config, seed)
+    sources = [*own, *others]
+    for source in sources:
+        source.check()
+    latents = sae.latents
+    if latents is None or not (folder / "units.jsonl").exists():
+        latents = _write_units(sources, own, model, tokenizer, config, folder, seed, embedder, progress)
+    return own, sources, latents
 
 
 def _units(path: Path) -> Iterator[Unit]:

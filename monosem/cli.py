@@ -60,9 +60,23 @@ def evaluate(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def explain(config: Config, overrides: Overrides = None) -> None:
+def explain(
+    config: Config, overrides: Overrides = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="only say what it would ask and cost")] = False,
+) -> None:  # fmt: skip
     """Find what makes features and neurons fire, describe them, and score the descriptions."""
-    _do(config, overrides, ["explain"])
+    if not estimate:
+        return _do(config, overrides, ["explain"])
+    from monosem.config import load_config
+    from monosem.progress import console
+    from monosem.run import Run
+
+    loaded = load_config(config, overrides or [])
+    from monosem.stages import estimated
+
+    for name, value in estimated(Run(loaded)).items():
+        text = "no price is known" if value is None else f"{value:,.4f}" if isinstance(value, float) else f"{value:,}"
+        console.print(f"{name.replace('_', ' '):<20} {text}", markup=False, highlight=False)
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """The stages of a run, in order: what each reads, leaves and reports."""
 
+import asyncio
 import json
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +20,8 @@ from explain.backends.chat import ChatBackend
 from explain.choice import CHOICE_KINDS
 from explain.client import check_server
 from explain.dictionaries import Dictionary
-from explain.explain import explain
+from explain.estimate import estimate
+from explain.explain import explain, prepare
 from explain.judge import KINDS
 from explain.plots import comparison_plot
 from explain.report import ReportInputs, write_report
@@ -237,6 +240,26 @@ def _explain(run: Run) -> dict[str, Any]:
     if failed:
         figures["incomplete"] = True  # so that the same command tries the failed ones again
     return figures
+
+
+def estimated(run: Run) -> dict[str, Any]:
+    """Return what `explain` would still ask of its chat server, and what that costs; sends nothing (see explain.estimate)."""
+    config = run.config.explain
+    if config.backend != "openai":
+        raise InputError(f"--estimate: explain.backend is {config.backend}, which costs nothing but time; openai has a price")
+    state = run.manifest().get("stages", {}).get("explain", {})
+    begun = state.get("key") == run.key(STAGES["explain"], STAGES)
+    folder = run.explanations if begun else run.folder / "estimate"
+    try:
+        with progress_bar("reading evidence") as bar:
+            prepare(
+                run.sae(), run.store(), run.subject.tokenizer, config, folder, seed=run.config.seed, others=_untrained(run),
+                model=run.subject.model, progress=bar,
+            )  # fmt: skip
+        return asyncio.run(estimate(config, folder, run.subject.tokenizer, run.config.seed))
+    finally:
+        if not begun:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _steering(run: Run, sae: SAE) -> list[dict[str, Any]]:

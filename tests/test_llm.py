@@ -659,22 +659,22 @@ def test_killed_midway_it_sends_no_answered_request_again(
 ) -> None:
     import explain.client as client
 
-    original = client.append_json_line
+    original = client.Journal.add
     journalled = 0
 
-    def append(path: Path, value: dict[str, Any]) -> None:
+    def add(self: client.Journal, key: str, answer: str | None, usage: Any = None) -> None:
         nonlocal journalled
         if journalled == 7:
             if torn:
-                with open(path, "ab") as file:
-                    file.write(json.dumps(value).encode()[:40])
+                with open(self._path, "ab") as file:
+                    file.write(json.dumps({"key": key, "answer": answer}).encode()[:40])
             raise Killed
-        original(path, value)
+        original(self, key, answer, usage)
         journalled += 1
 
     # A server a run: a request that the killed run still had in flight may reach its server after the kill.
     with ChatServer() as server, monkeypatch.context() as patch:
-        patch.setattr(client, "append_json_line", append)
+        patch.setattr(client.Journal, "add", add)
         with pytest.raises(Killed):
             run(sae, store, settings(server, concurrency=1), tmp_path / "killed")
     assert len(read_json_lines(tmp_path / "killed" / "requests.jsonl")) == journalled == 7

@@ -27,10 +27,10 @@ _TEXTS_AT_ONCE = 5  # Paulo et al. 2024
 class ChatBackend:
     """See the module. Answers that cannot be read are asked again, saying what was wrong, then fail with a reason."""
 
-    def __init__(self, config: ExplainConfig, folder: Path) -> None:
-        """Open a client whose answers are journalled in `folder`."""
+    def __init__(self, config: ExplainConfig, folder: Path, client: ChatClient | None = None) -> None:
+        """Open a client whose answers are journalled in `folder`, or take one."""
         self.config = config
-        self.client = ChatClient(config, folder / "requests.jsonl")
+        self.client = client or ChatClient(config, folder / "requests.jsonl")
         self.capabilities: Capabilities | None = None
         self._instrument: Instrument | None = Integers(self.client) if config.instrument == "integers" else None
         self._probing = asyncio.Lock()
