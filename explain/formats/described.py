@@ -18,6 +18,7 @@ from explain.scores import correlation_intervals, correlation_scores
 from sae.evaluation.bootstrap import plain
 from sae.sae import LatentStatistics
 
+Score = Literal["simulation", "detection", "fuzzing"]
 _LEVELS = 10
 
 
@@ -98,8 +99,8 @@ def fresh(examples: Iterable[Example], seen: set[str | int], limits: Mapping[str
 
 
 async def score(
-    unit: Unit, description: str, backend: Backend, scores: Sequence[Literal["simulation", "detection", "fuzzing"]] = ("simulation",),
-    *, resamples: int = 1000, seed: int = 0,
+    unit: Unit, description: str, backend: Backend, scores: Sequence[Score] = ("simulation",), *,
+    resamples: int = 1000, seed: int = 0,
 ) -> Record:  # fmt: skip
     """Score a description by a unit's test examples, with the token lookup beside it, as the explanation stage does.
 

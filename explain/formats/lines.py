@@ -83,6 +83,12 @@ def as_lines(records: Sequence[Record]) -> bytes:
     return b"".join(json.dumps(record, allow_nan=False).encode() + b"\n" for record in records)
 
 
+def put(path: Path, data: bytes) -> None:
+    """Write a file of a folder that is made aside: that one appears whole or not at all, and is brought to disk then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+
+
 def as_gzip(records: Sequence[Record]) -> bytes:
     """Return the lines gzipped, without the time."""
     return gzip.compress(as_lines(records), _GZIP_LEVEL, mtime=0)

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from activation_store.errors import InputError
-from activation_store.files import write_atomic
 from explain.examples import SIDES, Example, Unit, assert_disjoint
 from explain.formats.described import Described, Explanations, Names, fresh
-from explain.formats.lines import Record, as_gzip, as_lines, may, need, read_lines, storable
+from explain.formats.lines import Record, as_gzip, as_lines, may, need, put, read_lines, storable
 from sae.sae import HISTOGRAM_EDGES, LatentStatistics
 
 BATCH = 1024
@@ -32,14 +31,14 @@ _OURS = re.compile(rf"({'|'.join(SIDES)})/(\w+)/(\d+)(?:/(\d+))?")  # dataIndex:
 def write_neuronpedia(explained: Explanations, folder: Path, names: Names, batch: int = BATCH) -> None:
     """Write into an empty folder that stands for their `v1/`: a source each dictionary, neurons under "<set>-neurons"."""
     kind, model = _explainer(names)
-    _table(folder / "config" / "explanation_type.jsonl", [kind])
-    _table(folder / "config" / "explanation_model_type.jsonl", [model])
+    put(folder / "config" / "explanation_type.jsonl", as_lines([kind]))
+    put(folder / "config" / "explanation_model_type.jsonl", as_lines([model]))
     for dictionary, units in explained.by_dictionary().items():
         source_set = names.source_set if dictionary == "sae" else f"{names.source_set}-{dictionary}"
         source = f"{names.layer(units[0].hook)}-{source_set}"
         where = folder / names.model_id / source
         for name, line in _catalogue(names, source, source_set, units).items():
-            _table(where / f"{name}.jsonl", [line])
+            put(where / f"{name}.jsonl", as_lines([line]))
         for number, start in enumerate(range(0, len(units), batch)):
             lines: dict[str, list[Record]] = defaultdict(list)
             for unit in units[start : start + batch]:
@@ -47,17 +46,19 @@ def write_neuronpedia(explained: Explanations, folder: Path, names: Names, batch
                 lines["features"].append(_feature(unit, names, source, source_set, statistics))
                 lines["activations"] += _activations(unit, names, source, statistics)
                 found = explained.scores.get(unit.name, {"state": "not scored", "reason": None, "description": None})
-                description = found.get("description")
-                explanation = None
+                description = None if found.get("description") is None else storable(found["description"])
+                known = None
                 if found["state"] == "scored" and description:
                     explanation = _explanation(unit, description, names, source)
                     lines["explanations"].append(explanation)
+                    known = explanation["id"]
                 lines["scores"].append({
-                    "explanationId": explanation["id"] if explanation else None, "modelId": names.model_id, "layer": source,
-                    "index": str(unit.latent), **found, "instrument": explained.instrument,
+                    "explanationId": known, "modelId": names.model_id, "layer": source, "index": str(unit.latent), **found,
+                    "description": description, "instrument": explained.instrument,
                 })  # fmt: skip
             for kind_of_line, of_kind in lines.items():
-                _gzip(where / kind_of_line / f"batch-{number}.jsonl.gz", of_kind)
+                if of_kind:  # of an empty file the importer would know no columns
+                    put(where / kind_of_line / f"batch-{number}.jsonl.gz", as_gzip(_alike(of_kind)))
 
 
 def _explainer(names: Names) -> tuple[Record, Record]:
@@ -180,7 +181,7 @@ def _bin(example: Example, unit: Unit, statistics: LatentStatistics | None) -> t
 
 def _explanation(unit: Unit, description: str, names: Names, source: str) -> Record:
     line = {
-        "modelId": names.model_id, "layer": source, "index": str(unit.latent), "description": storable(description),
+        "modelId": names.model_id, "layer": source, "index": str(unit.latent), "description": description,
         "typeName": "monosem", "explanationModelName": storable(names.explainer), "authorId": names.creator_id, "notes": None,
         "createdAt": names.created, "embedding": None, "umap_x": None, "umap_y": None, "umap_cluster": None,
         "umap_log_feature_sparsity": None,
@@ -202,14 +203,6 @@ def _alike(lines: Sequence[Record]) -> list[Record]:
     """Give every line the same keys in the same order; null where it had none."""
     keys = dict.fromkeys(key for line in lines for key in line)
     return [{key: line.get(key) for key in keys} for line in lines]
-
-
-def _gzip(path: Path, lines: Sequence[Record]) -> None:
-    write_atomic(path, as_gzip(_alike(lines)), sync=False)
-
-
-def _table(path: Path, lines: Sequence[Record]) -> None:
-    write_atomic(path, as_lines(_alike(lines)), sync=False)
 
 
 # Reading

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from activation_store.errors import InputError
-from activation_store.files import write_atomic
 from explain.examples import SIDES, Example, Unit, assert_disjoint
 from explain.formats.described import Described, Explanations, Names, fresh
-from explain.formats.lines import Record, as_lines, need, read_lines, read_object, storable
+from explain.formats.lines import Record, as_lines, need, put, read_lines, read_object, storable
 from explain.scores import CorrelationScores, correlation_scores
 
 RECORDS, RESULTS = "collated-activations", "explanations"
@@ -30,11 +29,11 @@ def write_openai(explained: Explanations, folder: Path, names: Names) -> None:
         for unit in units:
             layer, where = names.layer(unit.hook), folder / dictionary
             record = where / RECORDS / str(layer) / f"{unit.latent}.json"
-            write_atomic(record, as_lines([neuron_record(unit, layer)]), sync=False)
+            put(record, as_lines([neuron_record(unit, layer)]))
             line, predicted = explained.scores.get(unit.name, {}), explained.predicted.get(unit.name, [])
             if line.get("state") == "scored" and any(predicted):
                 result = neuron_result(unit, layer, line["description"], predicted)
-                write_atomic(where / RESULTS / str(layer) / f"{unit.latent}.jsonl", as_lines([result]), sync=False)
+                put(where / RESULTS / str(layer) / f"{unit.latent}.jsonl", as_lines([result]))
 
 
 def neuron_record(unit: Unit, layer: int) -> Record:
