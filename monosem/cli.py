@@ -255,6 +255,31 @@ def convert(
 
 
 @app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder, such as runs/demo")],
+    to_folder: Annotated[Path, typer.Argument(metavar="DST", help="the new folder to write")],
+    to: Annotated[str, typer.Option(help="the tool to write for: neuronpedia or openai")],
+    model_id: Annotated[str | None, typer.Option(help="what the tool calls the model; by default its name on the hub")] = None,
+    source_set: Annotated[str | None, typer.Option(help="what to call the SAE there, such as res-demo")] = None,
+    layer: Annotated[int | None, typer.Option(min=0, help="the layer, where the hook's name has none")] = None,
+    release: Annotated[str | None, typer.Option(help="the release it belongs to; by default named as the source set")] = None,
+    creator_id: Annotated[str | None, typer.Option(help="the user there whose it shall be")] = None,
+) -> None:
+    """Write a run's explanations, examples and scores in the files of another tool."""
+    from monosem.export import export as export_run
+    from monosem.progress import console
+    from monosem.run import Run
+
+    explained, names = export_run(
+        Run.of_folder(run_folder), to_folder, to, model_id=model_id, source_set=source_set, layer=layer, release=release,
+        creator_id=creator_id,
+    )  # fmt: skip
+    scored = sum(line["state"] == "scored" for line in explained.scores.values())
+    said = f"{len(explained.units):,} units, {scored:,} scored -> {to_folder} ({to}): {names.model_id}, {names.source_set}"
+    console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def push(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_SAE", help="a run's folder, or an SAE's")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="the model repository, owner/name; it is made if need be")],
