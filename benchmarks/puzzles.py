@@ -113,7 +113,7 @@ def main() -> None:
 
     result = {
         "what": "neuron-explainer's puzzles: correlation of simulations from true, false and proposed explanations",
-        "instrument": backend.facts(), "puzzles": len(puzzles), "true_is_best": best,
+        "instrument": {**backend.facts(), "model": Path(args.model).name}, "puzzles": len(puzzles), "true_is_best": best,
         "true_above_false": sum(pairs) / len(pairs), "mean_true": mean([line["true"] for line in puzzles]),
         "mean_false": mean([value for line in puzzles for value in line["false"]]),
         "mean_proposed_held_out": mean([line["proposed_score"] for line in puzzles]),

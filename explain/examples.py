@@ -34,7 +34,9 @@ class Example:
     `kind` says why: top; sampled, uniform among windows in which the unit fires; random, uniform among all; or a hard
     negative, in which the unit is silent: neighbour, where one of the latents nearest by decoder direction fires, and similar,
     near in meaning to windows in which it fires. `quantile`, of sampled ones, is the tenth of the firing windows by strength
-    that it is from, 1 the weakest; `neighbour` the latent that fires there. Special tokens have activation 0.
+    that it is from, 1 the weakest; `neighbour` the latent that fires there. Special tokens have activation 0. `sources`, of
+    strongest examples of SAEs on attention's output, are the tokens that add most to the strongest token's pre-activation: how
+    far back, text, and how much.
     """
 
     window: int
@@ -44,6 +46,7 @@ class Example:
     activations: list[float]
     quantile: int | None = None
     neighbour: int | None = None
+    sources: list[tuple[int, str, float]] = field(default_factory=list)
 
     @property
     def hard(self) -> bool:

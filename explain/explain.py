@@ -25,6 +25,7 @@ from explain.evidence import Evidence, gather_evidence, window_range
 from explain.examples import SIDES, Unit, choose_units, shared
 from explain.interventions import prompts_of, written
 from explain.outputs import with_outputs
+from explain.sources import is_attention, with_sources
 from explain.summary import compared, final_line, summarise
 from sae.sae import SAE, LatentStatistics
 
@@ -204,7 +205,11 @@ def _write_units(
                     evidence.get("valid"), embedder, source.signs,
                 )  # fmt: skip
                 known = model is not None and source in own  # others may be of other models
-                yield from with_outputs(some, source.sae, model, tokenizer) if known else some
+                if known:
+                    some = with_outputs(some, source.sae, model, tokenizer)
+                if known and source.name == "sae" and is_attention(source.hook):
+                    some = with_sources(some, source.sae, model, source.store, config.window, tokenizer)
+                yield from some
 
     write_json(folder / "evidence.json", counts)
     write_json_lines(folder / "units.jsonl", (unit.as_json() for unit in units()))
