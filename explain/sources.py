@@ -31,7 +31,7 @@ def source_split(model: Any, sae: SAE, tokens: Tensor, latents: Tensor, position
     """Return how much each source token adds to a latent's pre-activation, (batch, position), and the rest of it, (batch,).
 
     tokens (batch, position) are whole sequences from their beginning; latents and positions (batch,) say whose pre-activation,
-    and where. Their sum is the pre-activation (x - b_dec) W_enc + b_enc. float32 sums; attention runs as plain softmax for the time,
+    and where. Their sum is the pre-activation (x - b_dec) W_enc + b_enc. float32 sums; attention runs as plain softmax for it,
     whose weights alone can be read. Raises InputError for hooks and models whose heads cannot be told apart.
     """
     hook = sae.cfg.hook_name or ""
