@@ -331,9 +331,10 @@ def test_a_folder_as_neuronpedia_exports_it(tmp_path: Path, zipped: bool) -> Non
 
 
 def test_of_strongest_windows_alone_every_second_is_held_out(tmp_path: Path) -> None:
-    put(tmp_path, "features", feature())
-    put(tmp_path, "activations", *(activation([float(v), 0.0]) for v in (3, 9, 1, 7, 5)))  # older: no bins at all
+    put(tmp_path, "features", feature(maxActApprox=None))
+    put(tmp_path, "activations", *(activation([float(v), 0.0], dataIndex=v) for v in (3, 9, 1, 7, 5)))  # older: no bins at all
     (one,) = read_neuronpedia(tmp_path)
+    assert one.unit.max_activation == 9
     assert [e.activations[0] for e in one.unit.train] == [9, 5, 1]
     assert [e.activations[0] for e in one.unit.test] == [7, 3]
 
@@ -343,6 +344,7 @@ NP_FAULTS: dict[str, tuple[str, Any, str]] = {
     "no model": ("features", {"layer": "a", "index": "1"}, "line 2: no field 'modelId'"),
     "index": ("features", feature("five"), "line 2: index: 'five' given"),
     "logits": ("features", feature("6", pos_values=[1, 2]), "line 2: pos_values: 2 given for 1 of pos_str"),
+    "no density": ("features", {**MODEL, "index": "6"}, "line 2: no field 'frac_nonzero'; it must be a number"),
     "no tokens": ("activations", {**MODEL, "index": "5", "values": [1]}, "line 2: no field 'tokens'; it must be a list of texts"),
     "no values": ("activations", {**MODEL, "index": "5", "tokens": ["a"]}, "line 2: no field 'values'"),
     "lengths": ("activations", activation([1], ["a", "b"]), "line 2: values: 1 given for 2 tokens"),

@@ -298,8 +298,8 @@ def _features(source: Path, indices: Collection[int] | None) -> Iterator[tuple[i
                 sides[side] = list(zip(tokens, map(float, values), strict=True))
             yield index, {
                 "dictionary": record["layer"], "hook": may(record, "hookName", "text", where, record["layer"]),
-                "latent": index, "density": float(may(record, "frac_nonzero", "a number", where, 0.0)),
-                "max_activation": float(may(record, "maxActApprox", "a number", where, 0.0)), **sides,
+                "latent": index, "density": float(need(record, "frac_nonzero", "a number", where)),
+                "max_activation": may(record, "maxActApprox", "a number", where, None), **sides,
             }  # fmt: skip
 
 
@@ -310,7 +310,7 @@ def _example(record: Record, where: str, number: int, numbers: dict[str, int]) -
     if len(tokens) != len(values):
         raise InputError(f"{where}: values: {len(values)} given for {len(tokens)} tokens")
     ids = [numbers.setdefault(token, len(numbers)) for token in tokens]
-    ours = _OURS.fullmatch(may(record, "dataIndex", "text", where, ""))
+    ours = _OURS.fullmatch(str(record.get("dataIndex")))
     if ours:
         quantile = None if ours[4] is None else int(ours[4])
         return ours[1], Example(int(ours[3]), ours[2], ids, tokens, values, quantile)
@@ -331,6 +331,9 @@ def _unit(feature: dict[str, Any], found: list[tuple[str | None, Example]]) -> U
         sides["train"] += strongest[::2]
         sides["test"] += strongest[1::2]
     sides["test"] += weaker
-    unit = Unit(**{**feature, **sides})
+    top = feature["max_activation"]
+    if top is None:  # they may leave it out
+        top = max((a for _, e in found for a in e.activations), default=0.0)
+    unit = Unit(**{**feature, "max_activation": float(top), **sides})
     assert_disjoint(unit)
     return unit

@@ -3,6 +3,7 @@
 Objects carry the name of their class, `dataclass_name`. Scores that are undefined are null here and NaN there; both are read.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,8 @@ def read_openai(folder: Path, indices: Collection[int] | None = None) -> Iterato
 
     Of the strongest windows the first of every four are training examples, the third ones are validation's, the fourth test's;
     of random ones the second of every three and the third: as their explainer and scorer take them. Texts that come twice count
-    once. Token ids are not in these files: numbers stand for them, equal for equal tokens of a neuron.
+    once. Token ids are not in these files: numbers stand for them, equal for equal tokens of a neuron. The density is
+    that in random windows, NaN where there are none.
     """
     for file in _files(folder, RECORDS, ".json"):
         if indices is not None and (not file.stem.isdecimal() or int(file.stem) not in indices):
@@ -191,7 +193,7 @@ def _unit(record: Record, where: str) -> Unit:
     valid = fresh(strongest[2::_SPLITS] + random[1::_RANDOM_SPLITS], seen)
     test = fresh(strongest[3::_SPLITS] + random[2::_RANDOM_SPLITS], seen)
     every = [a for e in random for a in e.activations]
-    density = sum(a > 0 for a in every) / len(every) if every else 0.0
+    density = sum(a > 0 for a in every) / len(every) if every else math.nan
     top = max((a for e in strongest for a in e.activations), default=0.0)
     unit = Unit(str(layer), f"blocks.{layer}.mlp.hook_post", neuron, density, top, train, test, valid=valid)
     assert_disjoint(unit)
