@@ -6,12 +6,14 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from activation_store.errors import InputError, first_line
 from activation_store.files import append_json_line, full_disk_is_input, read_json_lines
 from explain.answers import Answer
+from explain.batches import Batches, Unanswered
 from explain.config import ExplainConfig
 from explain.cost import Budget, Usage, price_of
 from explain.limits import CROWDED, Limit, delay_of
@@ -178,6 +180,9 @@ class ChatClient:
         self._dropped: dict[str, str] = {}  # parameters that the server refused, and what it said
         self._counts = {"requests_sent": 0, "requests_from_journal": 0}
         self._used = Usage()  # by this start
+        self._batches: Batches | None = None
+        if config.batch:
+            self._batches = Batches(lambda: self._client, journal.with_name("batches.jsonl"), poll=config.batch_poll)
         self._budget = Budget(price_of(config), config.max_cost, config.max_answer_tokens, self._journal.used)
 
     async def complete(self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int) -> str:
@@ -224,7 +229,12 @@ class ChatClient:
                     if not self._learns(error, allowed):
                         raise
 
-        kept = await self._once(content_key(request), request, send, read)
+        key = content_key(request)
+        if self._batches is not None:
+            batches = self._batches
+            kept = await self._once(key, request, lambda: batches.ask(key, self._allowed(request)), read, crowd=False)
+        else:
+            kept = await self._once(key, request, send, read)
         return Answer.of_json(kept) if top_logprobs else Answer(kept)
 
     async def post(
@@ -251,16 +261,16 @@ class ChatClient:
 
     async def _once(
         self, key: str, request: dict[str, Any], send: Callable[[], Awaitable[Any]], read: Callable[[Any], str],
-        retries: int | None = None,
+        retries: int | None = None, crowd: bool = True,
     ) -> str:  # fmt: skip
-        """Return what was read of a reply, from the journal if it was answered before."""
+        """Return what was read of a reply, from the journal if it was answered before; where no `crowd`, no slot is needed."""
         if key in self._journal:
             self._counts["requests_from_journal"] += 1
             return self._journal[key]
         left, attempt = self.config.retries if retries is None else retries, 0
         while True:
             try:
-                return await self._tried(key, request, send, read)
+                return await self._tried(key, request, send, read, crowd)
             except Crowded as refused:
                 # a refusal for want of room is held against the request only where it was alone: else it is the crowd's fault
                 left -= self._limit.alone or attempt >= _MOST_REFUSALS
@@ -275,12 +285,12 @@ class ChatClient:
             attempt += 1
 
     async def _tried(
-        self, key: str, request: dict[str, Any], send: Callable[[], Awaitable[Any]], read: Callable[[Any], str]
+        self, key: str, request: dict[str, Any], send: Callable[[], Awaitable[Any]], read: Callable[[Any], str], crowd: bool
     ) -> str:  # fmt: skip
         """Send a request once, in a slot, within the budget. Raises Crowded or Passing for what may heal."""
         import openai
 
-        async with self._limit.slot() as begun:
+        async with self._limit.slot() if crowd else nullcontext(time.monotonic()) as begun:
             reserved = self._budget.reserve(len(json.dumps(request).encode()))
             if reserved is None:
                 raise RequestFailed(
@@ -300,6 +310,8 @@ class ChatClient:
                 failed = (Crowded if status in CROWDED else Passing if passing else RequestFailed)(reason(error))
                 failed.status, failed.begun = status, begun
                 raise failed from error  # its headers say when to ask again
+            except Unanswered as error:
+                raise RequestFailed(_masked(str(error))) from None
             except ValueError as error:  # a body that is not JSON
                 raise UnusableReply(f"the server's reply is not an API answer: {_masked(first_line(error))}") from None
             finally:
@@ -319,8 +331,9 @@ class ChatClient:
 
     def usage(self) -> dict[str, Any]:
         """Return how many requests were sent, the tokens they used, and what all of this folder's have cost, in dollars."""
+        batches = {"batches_sent": self._batches.sent, "batches_taken_up": self._batches.taken_up} if self._batches else {}
         dropped = {"parameters_dropped": sorted(self._dropped)} if self._dropped else {}
-        return {**self._counts, **vars(self._used), "cost_usd": self._budget.cost, **self._limit.facts(), **dropped}
+        return {**self._counts, **vars(self._used), "cost_usd": self._budget.cost, **self._limit.facts(), **batches, **dropped}
 
     def _allowed(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return a request without what the server has refused, in the words that it does take."""

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from activation_store.config import Section
 
 Score = Literal["simulation", "detection", "fuzzing", "intruder", "neighbours", "outputs", "intervention"]
-DECIDES_NOTHING = {"concurrency", "timeout", "checkpoint_seconds", "prices", "max_cost"}
+DECIDES_NOTHING = {"concurrency", "timeout", "checkpoint_seconds", "prices", "max_cost", "batch", "batch_poll"}
 """Settings of how a run goes, not of what comes out: changing them does not begin it anew."""
 
 
@@ -73,6 +73,8 @@ class ExplainConfig(Section):
     prices: str | None = Field(default=None, description="YAML of dollars for a million tokens, before explain/prices.yaml")
     max_cost: float | None = Field(default=None, gt=0, description="dollars that requests of this run may cost in all")
     max_answer_tokens: int = Field(default=1024, ge=16)
+    batch: bool = Field(default=False, description="send through OpenAI's Batch API: half the price, within a day")
+    batch_poll: float = Field(default=30.0, gt=0, description="seconds between questions of whether a batch is done")
     reasoning_effort: str | None = Field(default=None, description="passed on to servers that take it")
     response_format: Literal["json_schema", "json_object", "text"] = "json_schema"
 

@@ -21,6 +21,7 @@ class Price(BaseModel):
     input: float = Field(ge=0)
     output: float = Field(ge=0)
     cached_input: float | None = Field(default=None, ge=0)
+    batch: float = Field(default=1.0, gt=0, description="what of these prices a request in a batch costs")
 
     def of(self, usage: "Usage") -> float:
         """Return dollars."""
@@ -74,6 +75,9 @@ def price_of(config: ExplainConfig) -> Price | None:
             f"explain.max_cost: {config.max_cost:g} given, but {config.model} has no price; name a YAML with "
             f"`{config.model}: {{input: ..., output: ...}}`, dollars for a million tokens, as explain.prices"
         )
+    if price is not None and config.batch:
+        cached = None if price.cached_input is None else price.cached_input * price.batch
+        price = Price(input=price.input * price.batch, output=price.output * price.batch, cached_input=cached)
     return price
 
 

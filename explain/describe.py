@@ -2,9 +2,10 @@
 
 import asyncio
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from explain.backends import Backend, Explanation, LookupBackend, RequestFailed,
 from explain.choice import CHOICE_KINDS, ChoiceKind, choices, chosen
 from explain.config import ExplainConfig
 from explain.examples import Example, Unit, population_weights
-from explain.judge import KINDS, judged, questions
+from explain.judge import KINDS, Kind, judged, questions
 from explain.propose import Trial, best_proposal, mistakes_of
 from explain.scores import correlation_intervals, correlation_scores
 from sae.evaluation.bootstrap import plain
@@ -53,7 +54,8 @@ class Describer:
         The shuffled control puts another unit's description, of the same dictionary, to this unit's test examples.
         """
         self._together = units
-        slots = asyncio.Semaphore(2 * self.config.concurrency)  # of units: requests have a limit of their own
+        together = len(units) if self.config.batch else 2 * self.config.concurrency
+        slots = asyncio.Semaphore(max(together, 1))  # of units: requests have a limit of their own
         explanations: dict[str, Explanation] = {}
         other = derangement(units, self.seed)
 
@@ -117,24 +119,40 @@ class Describer:
         line: Line = {"unit": unit.name, "description": explanation.text}
         if self._in_words:
             line["proposals"] = self._described[unit.name]["proposals"]
-        if "simulation" in config.scores:
+
+        async def simulate() -> None:
             with _said_of("simulate"):
-                line |= await self._simulated(unit, explanation)
+                line.update(await self._simulated(unit, explanation))
             line["lookup_correlation"] = await _correlation(_tested(unit, line), table, self._lookup)
-        for kind in KINDS:
-            if kind in config.scores:
-                asked = questions(unit, kind, self.seed)
-                with _said_of(kind):
-                    line[kind] = judged(asked, await self.backend.judge(explanation, kind, asked), config.resamples, self.seed)
-                line[f"lookup_{kind}"] = judged(asked, await self._lookup.judge(table, kind, asked), 0, self.seed)
-        for choice in CHOICE_KINDS:
-            if choice in config.scores:
-                by = None if choice == "intruder" else explanation
-                with _said_of(choice):
-                    line[choice] = await self._chosen(unit, by, choice, self.backend, config.resamples)
-                if choice == "neighbours":
-                    line[f"lookup_{choice}"] = await self._chosen(unit, table, choice, self._lookup)
+
+        async def judge(kind: Kind) -> None:
+            asked = questions(unit, kind, self.seed)
+            with _said_of(kind):
+                line[kind] = judged(asked, await self.backend.judge(explanation, kind, asked), config.resamples, self.seed)
+            line[f"lookup_{kind}"] = judged(asked, await self._lookup.judge(table, kind, asked), 0, self.seed)
+
+        async def choose(kind: ChoiceKind) -> None:
+            by = None if kind == "intruder" else explanation
+            with _said_of(kind):
+                line[kind] = await self._chosen(unit, by, kind, self.backend, config.resamples)
+            if kind == "neighbours":
+                line[f"lookup_{kind}"] = await self._chosen(unit, table, kind, self._lookup)
+
+        works: list[Callable[[], Awaitable[None]]] = [simulate] if "simulation" in config.scores else []
+        works += [partial(judge, kind) for kind in KINDS if kind in config.scores]
+        works += [partial(choose, kind) for kind in CHOICE_KINDS if kind in config.scores]
+        await self._each(works)
         return line
+
+    async def _each(self, works: Sequence[Callable[[], Awaitable[None]]]) -> None:
+        """Do one after the other, so that a unit that fails sends no more; in batches, which take hours, all together."""
+        if self.config.batch:
+            for failure in await asyncio.gather(*(work() for work in works), return_exceptions=True):
+                if failure is not None:
+                    raise failure
+        else:
+            for work in works:
+                await work()
 
     async def _chosen(
         self, unit: Unit, explanation: Explanation | None, kind: ChoiceKind, backend: Backend, resamples: int = 0
@@ -152,16 +170,23 @@ class Describer:
             return True
         if stranger is None:
             return False
+
+        async def simulate() -> None:
+            line["shuffled_correlation"] = await _correlation(_tested(unit, line), stranger, self.backend)
+
+        async def judge(kind: Kind) -> None:
+            asked = questions(unit, kind, self.seed)
+            line[f"shuffled_{kind}"] = judged(asked, await self.backend.judge(stranger, kind, asked), 0, self.seed)
+
+        async def choose(kind: ChoiceKind) -> None:
+            line[f"shuffled_{kind}"] = await self._chosen(unit, stranger, kind, self.backend)
+
+        scores = self.config.scores
+        works: list[Callable[[], Awaitable[None]]] = [simulate] if "simulation" in scores else []
+        works += [partial(judge, kind) for kind in KINDS if kind in scores]
+        works += [partial(choose, kind) for kind in CHOICE_KINDS[1:] if kind in scores]  # intruders need no description
         try:
-            if "simulation" in self.config.scores:
-                line["shuffled_correlation"] = await _correlation(_tested(unit, line), stranger, self.backend)
-            for kind in KINDS:
-                if kind in self.config.scores:
-                    asked = questions(unit, kind, self.seed)
-                    line[f"shuffled_{kind}"] = judged(asked, await self.backend.judge(stranger, kind, asked), 0, self.seed)
-            for choice in CHOICE_KINDS[1:]:  # intruders are found without a description
-                if choice in self.config.scores:
-                    line[f"shuffled_{choice}"] = await self._chosen(unit, stranger, choice, self.backend)
+            await self._each(works)
         except RequestFailed:
             return False
         return True

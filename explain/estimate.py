@@ -43,7 +43,7 @@ class _Counting(ChatClient):
 
     async def _once(
         self, key: str, request: dict[str, Any], send: Callable[[], Awaitable[Any]], read: Callable[[Any], str],
-        retries: int | None = None,
+        retries: int | None = None, crowd: bool = True,
     ) -> str:  # fmt: skip
         if key in self._journal:
             return self._journal[key]

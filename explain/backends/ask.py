@@ -41,14 +41,15 @@ async def ask(
     raise RequestFailed(f"unreadable answer after {attempts} attempts: {fault}")
 
 
-async def ask_each(call: Callable[[Item], Awaitable[T]], items: Sequence[Item]) -> list[T]:
+async def ask_each(call: Callable[[Item], Awaitable[T]], items: Sequence[Item], scouts: int = 1) -> list[T]:
     """Return what `call` gives for each item: the first alone, then the others at once, as far as the limit on requests allows.
 
+    Without a scout (in batches, which take hours each) all at once.
     Where the first fails nothing more is sent; of the others all are heard out, so that no answer is lost, before a failure is
     raised.
     """
-    found = [await call(item) for item in items[:1]]
-    others = await asyncio.gather(*(call(item) for item in items[1:]), return_exceptions=True)
+    found = [await call(item) for item in items[:scouts]]
+    others = await asyncio.gather(*(call(item) for item in items[scouts:]), return_exceptions=True)
     for other in others:
         if isinstance(other, BaseException):
             raise other

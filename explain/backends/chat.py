@@ -31,6 +31,7 @@ class ChatBackend:
         """Open a client whose answers are journalled in `folder`, or take one."""
         self.config = config
         self.client = client or ChatClient(config, folder / "requests.jsonl")
+        self._scouts = 0 if config.batch else 1
         self.capabilities: Capabilities | None = None
         self._instrument: Instrument | None = Integers(self.client) if config.instrument == "integers" else None
         self._probing = asyncio.Lock()
@@ -86,13 +87,17 @@ class ChatBackend:
     async def simulate(self, explanation: Explanation, examples: Sequence[Example]) -> list[Simulation]:
         """Simulate window by window."""
         instrument = await self.instrument()
-        return await ask_each(lambda example: instrument.simulate(explanation, example.tokens), examples)
+        return await ask_each(lambda example: instrument.simulate(explanation, example.tokens), examples, self._scouts)
 
     async def judge(self, explanation: Explanation, kind: Kind, asked: Sequence[Question]) -> list[Judgement]:
         """Ask about several texts at once, for one 0 or 1 each; in an order drawn by what is asked, for judges mind the order."""
         order = sorted(range(len(asked)), key=lambda i: hashlib.sha256(f"{kind}\n{asked[i].text}".encode()).digest())
         groups = [order[start : start + _TEXTS_AT_ONCE] for start in range(0, len(order), _TEXTS_AT_ONCE)]
-        answers = await ask_each(lambda some: self._several(explanation, kind, [asked[i].text for i in some]), groups)
+
+        async def several(some: list[int]) -> list[int]:
+            return await self._several(explanation, kind, [asked[i].text for i in some])
+
+        answers = await ask_each(several, groups, self._scouts)
         found = {i: answer for some, given in zip(groups, answers, strict=True) for i, answer in zip(some, given, strict=True)}
         return [Judgement(float(found[i])) for i in range(len(asked))]
 
@@ -116,7 +121,7 @@ class ChatBackend:
 
     async def choose(self, explanation: Explanation | None, kind: ChoiceKind, asked: Sequence[Choice]) -> list[Chosen]:
         """Ask for the number of one option, a question a request."""
-        return await ask_each(lambda question: self._choose(explanation, kind, question), asked)
+        return await ask_each(lambda question: self._choose(explanation, kind, question), asked, self._scouts)
 
     async def _choose(self, explanation: Explanation | None, kind: ChoiceKind, question: Choice) -> Chosen:
         n = len(question.options)
