@@ -38,6 +38,8 @@ bench: setup
 	$(BIN)/python benchmarks/training.py --first-steps
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/evidence.py
+	$(BIN)/python benchmarks/client.py
 
 # BENCH_PYTHON and PEERS name interpreters that have our packages and the peers' already, for machines without a network
 BENCH_PYTHON ?= $(BIN)/python
