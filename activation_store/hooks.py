@@ -26,8 +26,8 @@ class HookSite:
     side: Literal["in", "out"]
 
 
-def locate_hooks(model: nn.Module, names: Sequence[str]) -> dict[str, HookSite]:
-    """Return where in the transformers model `model` each hook name points.
+def locate_hooks(model: nn.Module, names: Sequence[str], *, optional: Sequence[str] = ()) -> dict[str, HookSite]:
+    """Return where in the transformers model `model` each hook name points; of the `optional` ones, those that it has.
 
     Raises InputError for a name that the model does not have, listing the nearest ones, and for one that names no
     module's input or output (attention patterns and the like), before anything runs.
@@ -46,7 +46,7 @@ def locate_hooks(model: nn.Module, names: Sequence[str]) -> dict[str, HookSite]:
             point = getattr(module, f"hook_{side}", None)
             if isinstance(point, nn.Module):
                 sites.setdefault(id(point), HookSite(path, side))
-    found = {}
+    found = {name: site for name in optional if name in points and (site := sites.get(id(points[name]))) is not None}
     for name in names:
         if name not in points:
             close = difflib.get_close_matches(name, list(points), n=4, cutoff=0.5)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from activation_store.errors import InputError
-from activation_store.hooks import locate_hooks, on_pass
+from activation_store.hooks import HookSite, locate_hooks, on_pass
 from sae.sae import SAE
 
 Strength = float | Sequence[float] | Tensor
@@ -104,17 +104,18 @@ def intervene(
     sae: SAE,
     edits: Sequence[Edit],
     *,
-    hook: str | None = None,
+    hook: str | HookSite | None = None,
     special_tokens: bool = False,
 ) -> Iterator[Intervention]:
     """Steer `model` (transformers model or TransformerBridge) within the block; right under generate with a KV cache.
 
-    hook: where, by default the SAE's own hook name. Strengths may be given a batch row (length = batch). Positions that
-    hold special tokens (the ids in the SAE's metadata; BOS and padding are among them) stay as they are unless
-    `special_tokens`: the SAE never saw them. Computed in float32 and cast back to the model's dtype.
+    hook: where, by default the SAE's own hook name; the site that `locate_hooks` found for it spares a transformers model being
+    searched each time. Strengths may be given a batch row (length = batch). Positions that hold special tokens (the ids in the
+    SAE's metadata; BOS and padding are among them) stay as they are unless `special_tokens`: the SAE never saw them. Computed in
+    float32 and cast back to the model's dtype.
 
-    Raises InputError for a latent or hook that does not exist and for a transcoder or crosscoder, and RuntimeError if the model
-    ran inside the block and the hook was never passed.
+    Raises InputError for a latent or hook that does not exist, for a strength that is not finite, and for a transcoder or
+    crosscoder, and RuntimeError if the model ran inside the block and the hook was never passed.
 
         with intervene(model, sae, [Clamp(123, times_max=5.0)]):
             model.generate(**inputs)
@@ -127,6 +128,9 @@ def intervene(
     for latent in numbers:
         if not 0 <= latent < sae.cfg.d_sae:
             raise InputError(f"latent {latent} is outside this SAE's 0..{sae.cfg.d_sae - 1}")
+    for latent, strength, _ in plan:
+        if not torch.as_tensor(strength).isfinite().all():
+            raise InputError(f"latent {latent}: strength {strength} given; it has to be finite")
     set_twice = {n for n, _, kind in plan if kind != "add" and [m for m, _, k in plan if k != "add"].count(n) > 1}
     if set_twice:
         raise InputError(f"latents {sorted(set_twice)} are set or scaled by more than one edit")
@@ -173,8 +177,12 @@ def intervene(
         raise RuntimeError(f"the model ran {state.forwards} times and never passed the steering hook")
 
 
-def _hook_module(model: nn.Module, sae: SAE, hook: str | None) -> tuple[nn.Module, Literal["in", "out"], nn.Module]:
+def _hook_module(
+    model: nn.Module, sae: SAE, hook: str | HookSite | None
+) -> tuple[nn.Module, Literal["in", "out"], nn.Module]:  # fmt: skip
     """Return (module to hook, its side, the transformers model inside) for a plain model or a TransformerBridge."""
+    if isinstance(hook, HookSite):
+        return model.get_submodule(hook.path), hook.side, model
     name = hook or sae.cfg.hook_name
     if name is None:
         raise InputError("the SAE does not say which hook it belongs to; pass hook=")

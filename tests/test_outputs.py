@@ -1,27 +1,26 @@
-"""What units do to the output: promoted tokens against the model's own logits, and clamps of equal effect."""
+"""What units do to the output: promoted tokens, against the model's own logits."""
 
-import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llm_servers import ChatServer, Reply, Request, completion, perfect
 from torch import Tensor
 
-import explain.explain as stage
-from activation_store import ActivationStore, ModelConfig
+from activation_store import ModelConfig
 from activation_store.errors import InputError
-from activation_store.files import read_json_lines
 from activation_store.hooks import locate_hooks, on_pass
 from activation_store.subject import Subject, load_subject
-from explain.config import ExplainConfig
 from explain.examples import Unit
-from explain.interventions import KL, matched_strength, mean_kl, prompts_of, written
-from explain.outputs import with_outputs
+from explain.outputs import promoted_tokens, with_outputs
+from sae import TrainConfig, train
+from sae.architectures.identity import IdentitySAE
 from sae.architectures.standard import StandardSAE
 from sae.readout import output_logits, residual_directions
-from sae.sae import SAE, SAEConfig
+from sae.sae import SAEConfig
 
 RESID, MLP, Z = "blocks.1.hook_resid_post", "blocks.1.mlp.hook_post", "blocks.1.attn.hook_z"
 
@@ -82,11 +81,161 @@ def test_directions_add_to_the_residual_stream_what_the_model_adds(
         assert torch.allclose(moved[0], row.expand_as(moved[0]), atol=1e-4)
 
 
+def unit_norm(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """gamma of a norm as its model's paper has it, and the scale of x, (..., 1)."""
+    layer = isinstance(module, torch.nn.LayerNorm)
+    x = x - x.mean(-1, keepdim=True) if layer else x
+    scale = x.square().mean(-1, keepdim=True).sqrt()
+    return (1 + module.weight if "Gemma" in type(module).__name__ else module.weight), scale
+
+
+def linear(module: Any, args: Any, _out: Any, *, x: Tensor, out: Tensor, gain: Tensor) -> Tensor:
+    """A norm whose scale is that of x, whatever it is given."""
+    moved = args[0] - x
+    if isinstance(module, torch.nn.LayerNorm):
+        moved = moved - moved.mean(-1, keepdim=True)
+    return out + gain * moved
+
+
+@contextmanager
+def frozen(model: Any, norms: list[str], branches: list[str], tokens: Tensor) -> Iterator[dict[str, Tensor]]:
+    """Hold norms' scales, and what whole branches give, as they are without edits; yield the scales."""
+    before: dict[str, tuple[Tensor, Any]] = {}
+    scales: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for path in norms + branches:
+            def keep(_module: Any, args: Any, out: Any, path: str = path) -> None:
+                before[path] = (args[0] if args else None, out)  # type: ignore[assignment]
+
+            stack.callback(model.get_submodule(path).register_forward_hook(keep).remove)
+        model(tokens)
+    with ExitStack() as stack:
+        for path in norms:
+            module, (x, out) = model.get_submodule(path), before[path]
+            gamma, scales[path] = unit_norm(module, x)
+
+            stack.callback(module.register_forward_hook(partial(linear, x=x, out=out, gain=gamma / scales[path])).remove)
+        for path in branches:
+            out = before[path][1]
+            stack.callback(model.get_submodule(path).register_forward_hook(lambda *_, out=out: out).remove)
+        yield scales
+
+
+def random_model(family: str) -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    small: dict[str, Any] = {
+        "vocab_size": 90, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "tie_word_embeddings": False,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        if family == "gpt2":
+            config = GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+            model: Any = GPT2LMHeadModel(config)
+        elif family == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**small))
+        else:
+            model = Gemma2ForCausalLM(Gemma2Config(**small, final_logit_softcapping=None))
+        for weight in model.parameters():
+            if weight.dim() == 1:  # gains and biases start at 1 or 0, which would hide that they are left out
+                with torch.no_grad():
+                    weight.add_(0.5 * torch.randn(weight.shape))
+    return model.double().eval().requires_grad_(False)
+
+
+NAMES = {  # final norm, attention, MLP, norms behind these
+    "llama": ("model.norm", "model.layers.1.self_attn", "model.layers.1.mlp", None, None),
+    "gpt2": ("transformer.ln_f", "transformer.h.1.attn", "transformer.h.1.mlp", None, None),
+    "gemma2": ("model.norm", "model.layers.1.self_attn", "model.layers.1.mlp", "model.layers.1.post_attention_layernorm",
+               "model.layers.1.post_feedforward_layernorm"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(NAMES))
+@pytest.mark.parametrize(
+    "place", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_out", "hook_attn_out", "attn.hook_out", "attn.hook_z",
+              "hook_mlp_out", "mlp.hook_out", "mlp.hook_post"],
+)  # fmt: skip
+@torch.no_grad()
+def test_readout_is_what_the_models_logits_do_along_the_direct_path(family: str, place: str, monkeypatch: Any) -> None:
+    """The model itself, in its last layer, with the scales of its norms and all that answers to the edit held."""
+    monkeypatch.setattr("sae.readout._VOCABULARY_AT_ONCE", 40)
+    model, hook = random_model(family), f"blocks.1.{place}"
+    final, attention, mlp, after_attention, after_mlp = NAMES[family]
+    width = {"mlp.hook_post": 128 if family == "gpt2" else 64}.get(place, 32)
+    sae, latents = sae_at(hook, width), [2, 5]
+    tokens = torch.arange(2, 12)[None]
+    norms = [final] + [norm for norm in (after_attention, after_mlp) if norm]
+    held = {"mlp": [], "attn": [mlp], "hook": [mlp]}[place.split(".")[0].split("_")[0]]
+    held = {"hook_resid_pre": [attention, mlp], "hook_mlp_out": [], "hook_resid_post": [], "hook_out": []}.get(place, held)
+    # resid_mid is hooked where the MLP's branch leaves the stream, and an edit there changes that branch alone
+    moved = "blocks.1.hook_attn_out" if place == "hook_resid_mid" else hook
+    site = locate_hooks(model, [moved])[moved]
+    readout = output_logits(sae, model, latents)
+    with frozen(model, norms, held, tokens) as scales:
+        base = model(tokens).logits
+        for row, latent in zip(readout, latents, strict=True):
+            with on_pass(model.get_submodule(site.path), site.side, lambda x: x + sae.W_dec[latent].double()):  # noqa: B023
+                change = model(tokens).logits - base
+            change = change * scales[final]
+            inner = after_mlp if place.startswith("mlp.") else after_attention if place.startswith("attn.") else None
+            if inner is not None:
+                change = change * scales[inner]
+            change = (change - change.mean(-1, keepdim=True))[0]
+            assert change.abs().max() > 0.05
+            torch.testing.assert_close(change.float(), row.expand_as(change), atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_neurons_promote_what_they_write() -> None:
+    model = random_model("llama").float()
+    neurons = IdentitySAE.of("blocks.0.mlp.hook_post", 64, [1, -1] * 32)
+    written = model.model.layers[0].mlp.down_proj.weight[:, [6, 7]].T * torch.tensor([[1.0], [-1.0]])
+    torch.testing.assert_close(residual_directions(neurons, model, [6, 7]), written)
+
+
+@torch.no_grad()
+def test_several_hooks_add_up_where_they_are_additions_and_the_last_counts_where_they_are_states(subject: Subject) -> None:
+    d = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+
+    def crosscoder(*hooks: str) -> StandardSAE:
+        sae = StandardSAE(SAEConfig("standard", 64, 8, hook_names=hooks, widths=(32, 32)))
+        sae.W_dec.copy_(d)
+        return sae.requires_grad_(False)
+
+    additions = crosscoder("blocks.0.hook_mlp_out", "blocks.2.hook_attn_out")
+    torch.testing.assert_close(residual_directions(additions, subject.model, [3, 1]), (d[:, :32] + d[:, 32:])[[3, 1]])
+    states = crosscoder("blocks.2.hook_resid_pre", "blocks.0.hook_out")
+    torch.testing.assert_close(residual_directions(states, subject.model, [3, 1]), d[[3, 1], :32])
+    with pytest.raises(InputError, match="states of the residual stream and additions to it at once"):
+        residual_directions(crosscoder("blocks.0.hook_out", "blocks.1.hook_mlp_out"), subject.model, [0])
+
+
+@torch.no_grad()
+def test_a_cross_layer_transcoders_direction_is_what_its_latent_adds() -> None:
+    batches = [tuple(torch.randn(32, 6) for _ in range(4)) for _ in range(2)]
+    hooks, hooks_out = ("a", "b"), ("c", "d")
+    with torch.enable_grad():
+        sae = train(batches, TrainConfig(d_sae=8, steps=2, hook=hooks, hook_out=hooks_out, batch_size=32))
+    one_hot = torch.eye(sae.cfg.d_sae)
+    expected = sae.decode(one_hot) - sae.decode(torch.zeros(1, sae.cfg.d_sae))
+    torch.testing.assert_close(sae.directions(torch.arange(sae.cfg.d_sae)), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_hooks_with_no_straight_way_to_the_logits_are_refused(subject: Subject) -> None:
     with pytest.raises(InputError, match=r"hook_name: blocks\.1\.attn\.hook_q is not on the residual stream"):
         residual_directions(sae_at("blocks.1.attn.hook_q", 32), subject.model, [0])
     unit = Unit("sae", "blocks.1.attn.hook_q", 0, 0.1, 1.0, [], [])
-    assert with_outputs([unit], sae_at("blocks.1.attn.hook_q", 32), subject.model, subject.tokenizer) == [unit]
+    sae = sae_at("blocks.1.attn.hook_q", 32)
+    assert with_outputs([unit], sae, subject.model, subject.tokenizer) == [unit]
+    (found,) = promoted_tokens(subject.model, subject.tokenizer, sae, [0])
+    assert (found.promoted, found.suppressed) == ([], [])
+    assert "not on the residual stream" in str(found.reason)
+    with pytest.raises(InputError, match=r"d_in: 31 at blocks.1.hook_out, but the model's residual stream is 32 wide"):
+        residual_directions(sae_at("blocks.1.hook_out", 31), subject.model, [0])
+    with pytest.raises(InputError, match=r"latents \[12\] are outside this SAE's 0..11"):
+        promoted_tokens(subject.model, subject.tokenizer, sae_at(RESID, 32), [3, 12])
 
 
 def test_units_carry_the_ends_of_the_ranking(subject: Subject) -> None:
@@ -101,108 +250,24 @@ def test_units_carry_the_ends_of_the_ranking(subject: Subject) -> None:
         assert unit.suppressed == [(subject.tokenizer.decode([i]), pytest.approx(float(row[i]), rel=1e-4)) for i in ends]
 
 
-# --- clamps of equal effect
 
 
-def setup(subject: Subject, store: ActivationStore) -> tuple[Tensor, Tensor]:
-    prompts = prompts_of(store, 0)
-    with torch.no_grad():
-        return prompts, subject.model(prompts).logits.float().log_softmax(-1)
-
-
-@torch.no_grad()
-def test_the_kl_of_several_strengths_at_once_is_that_of_each_alone(subject: Subject, tiny_store: ActivationStore) -> None:
-    sae = sae_at(RESID, 32)
-    prompts, clean = setup(subject, tiny_store)
-    strengths = [0.5, 3.0, 20.0]
-    together = mean_kl(subject.model, sae, 3, strengths, prompts, clean)
-    site = locate_hooks(subject.model, [RESID])[RESID]
-    for strength, kl in zip(strengths, together.tolist(), strict=True):
-        def clamp(x: Tensor, to: float = strength) -> Tensor:
-            return x + (to - sae.encode(x)[..., 3:4]) * sae.W_dec[3]
-
-        with on_pass(subject.model.get_submodule(site.path), site.side, clamp):
-            steered = subject.model(prompts).logits.log_softmax(-1)
-        plain = torch.nn.functional.kl_div(steered, clean, log_target=True, reduction="none").sum(-1).mean()
-        assert kl == pytest.approx(float(plain), rel=1e-3, abs=1e-6)
-
-
-@pytest.mark.parametrize("latent", range(6))
-def test_the_strength_found_has_the_kl_asked_for(latent: int, subject: Subject, tiny_store: ActivationStore) -> None:
-    sae = sae_at(RESID, 32)
-    prompts, clean = setup(subject, tiny_store)
-    strength, kl = matched_strength(subject.model, sae, latent, 1.0, prompts, clean, target=0.5)
-    (again,) = mean_kl(subject.model, sae, latent, [strength], prompts, clean).tolist()
-    assert kl == pytest.approx(again, rel=1e-4)
-    assert kl == pytest.approx(0.5, rel=0.1)
-
-
-def test_units_that_cannot_be_clamped_have_no_text_and_a_reason(subject: Subject, tiny_store: ActivationStore) -> None:
-    sae, prompts = sae_at(RESID, 32), prompts_of(tiny_store, 0)
-    never = written(subject.model, subject.tokenizer, sae, Unit("sae", RESID, 1, 0.0, 0.0, [], []), prompts)
-    assert (never.reached, never.texts, never.reason) == (False, [], "it never fires")
-    unit = Unit("sae", RESID, 1, 0.1, 1.0, [], [])
-    far = written(subject.model, subject.tokenizer, sae, unit, prompts, target=1e6)
-    assert (far.reached, far.texts) == (False, [])
-    assert "no strength gives a KL of 1e+06" in str(far.reason)
-    with torch.no_grad():
-        sae.W_dec[1] = 0  # a direction that does nothing
-    still = written(subject.model, subject.tokenizer, sae, unit, prompts)
-    assert still.kl == pytest.approx(0.0, abs=1e-6)
-    assert "no strength" in str(still.reason)
-
-
-def test_texts_are_the_models_with_the_unit_clamped(subject: Subject, tiny_store: ActivationStore) -> None:
-    sae, prompts = sae_at(RESID, 32), prompts_of(tiny_store, 0)
-    unit = Unit("sae", RESID, 3, 0.1, 1.0, [], [])
-    found = written(subject.model, subject.tokenizer, sae, unit, prompts)
-    assert found == written(subject.model, subject.tokenizer, sae, unit, prompts)
-    assert found.reached
-    assert found.kl == pytest.approx(KL, rel=0.1)
-    assert len(found.texts) == len(prompts)
-    assert found.strength is not None
-    site = locate_hooks(subject.model, [RESID])[RESID]
-
-    def clamp(x: Tensor) -> Tensor:
-        return x + (found.strength - sae.encode(x)[..., 3:4]) * sae.W_dec[3]
-
-    with torch.no_grad(), on_pass(subject.model.get_submodule(site.path), site.side, clamp):
-        ids = prompts
-        for _ in range(12):  # no cache, a step at a time
-            ids = torch.cat([ids, subject.model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    new = [subject.tokenizer.decode(row[prompts.shape[1] :], skip_special_tokens=True) for row in ids]
-    stopped = [bool((row[prompts.shape[1] :] == subject.tokenizer.eos_token_id).any()) for row in ids]
-    for text, plain, ended in zip(found.texts, new, stopped, strict=True):
-        assert text == plain or ended
-
-
-@pytest.mark.usefixtures("api")
-def test_the_stage_puts_outputs_and_interventions_to_the_judge(
-    subject: Subject, tiny_store: ActivationStore, tmp_path: Path
+def test_padding_of_the_unembedding_is_no_token_and_parts_of_the_latents_give_what_all_give(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sae: SAE = sae_at(RESID, 32)
+    sae, latents = sae_at(RESID, 32), list(range(12))
+    whole = promoted_tokens(subject.model, subject.tokenizer, sae, latents, 5)
+    monkeypatch.setattr("explain.outputs._LOGITS_AT_ONCE", 5 * 300)
+    assert promoted_tokens(subject.model, subject.tokenizer, sae, latents, 5) == whole
 
-    def answers(request: Request) -> Reply:
-        if '"texts"' in request.user:
-            return Reply(completion(json.dumps({"answer": 1})))
-        return Reply(completion(perfect(request) if request.simulates else json.dumps({"description": "waves"})))
+    class Shorter:
+        def __len__(self) -> int:
+            return 50
 
-    config = ExplainConfig(
-        backend="openai", latents=6, window=8, train_top=3, train_sampled=2, test_top=2, test_sampled=2, test_random=4,
-        scores=("outputs", "intervention"), show=("outputs",), resamples=50,
-    )  # fmt: skip
-    with ChatServer(answers) as server:
-        config = config.model_copy(update={"base_url": server.base_url})
-        stage.explain(sae, tiny_store, subject.tokenizer, config, tmp_path, model=subject.model)
-        proposals = [request.user for request in server.requests if "texts" not in request.user]
-    units = {f"sae/{line['latent']}": line for line in read_json_lines(tmp_path / "units.jsonl")}
-    assert all(len(unit["promoted"]) == 10 for unit in units.values())
-    assert all("It makes more likely: " in shown for shown in proposals)
-    clamped = {line["unit"]: line for line in read_json_lines(tmp_path / "continuations.jsonl")}
-    assert set(clamped) == set(units)
-    assert sum(line["reached"] for line in clamped.values()) >= 3
-    for line in read_json_lines(tmp_path / "scores.jsonl"):
-        assert line["state"] == "scored"
-        assert 0 <= line["outputs"]["accuracy"] <= 1
-        if not clamped[line["unit"]]["reached"]:
-            assert line["intervention"]["accuracy"] is None
+        def decode(self, ids: list[int]) -> str:
+            assert ids[0] < 50
+            return str(ids[0])
+
+    short = promoted_tokens(subject.model, Shorter(), sae, latents, 60)
+    assert all(len(one.promoted) == len(one.suppressed) == 50 and one.reason is None for one in short)
+    assert promoted_tokens(subject.model, subject.tokenizer, sae, []) == []

@@ -58,6 +58,15 @@ class CrossLayerTranscoder(SAE):
             y[..., written:] += part @ layer.W_dec
         return y
 
+    def directions(self, latents: Tensor) -> Tensor:
+        """Return what each latent adds to all predictions, (n, d_out): 0 in those of layers before its own."""
+        rows = self.b_dec.new_zeros(len(latents), self.cfg.width_out)
+        size = self.cfg.d_sae // len(self.layers)
+        for number, (layer, _, written) in enumerate(self):
+            own = latents // size == number
+            rows[own, written:] = layer.W_dec[latents[own] % size]
+        return rows
+
     @property
     def b_dec(self) -> Tensor:  # type: ignore[override]
         """The first layer's, which is of all outputs; the others' stay 0."""
