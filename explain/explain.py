@@ -23,7 +23,7 @@ from explain.dictionaries import Dictionary, dictionaries
 from explain.embedding import Embedder
 from explain.evidence import Evidence, gather_evidence, window_range
 from explain.examples import SIDES, Unit, choose_units, shared
-from explain.interventions import prompts_of, written
+from explain.interventions import Continuations, Written, prompts_of
 from explain.outputs import with_outputs
 from explain.sources import is_attention, with_sources
 from explain.summary import compared, final_line, summarise
@@ -153,12 +153,20 @@ def _continuations(sources: Sequence[Dictionary], model: Any, tokenizer: Any, fo
     path = folder / "continuations.jsonl"
     done = {line["unit"]: line for line in iterate_json_lines(path)}
     by_name = {source.name: source for source in sources}
+    makers: dict[str, Continuations | str] = {}  # one a dictionary, or why it cannot be steered
     for unit in _units(folder / "units.jsonl"):
         source = by_name.get(unit.dictionary)
-        if unit.name not in done and source is not None:  # others may be of other models
-            line = vars(written(model, tokenizer, source.sae, unit, prompts_of(source.store, seed)))
-            append_json_line(path, line)
-            done[unit.name] = line
+        if unit.name in done or source is None:  # others may be of other models
+            continue
+        if source.name not in makers:
+            try:
+                makers[source.name] = Continuations(model, tokenizer, source.sae, prompts_of(source.store, seed))
+            except InputError as error:
+                makers[source.name] = str(error)
+        maker = makers[source.name]
+        line = vars(Written(unit.name, None, None, False, [], maker) if isinstance(maker, str) else maker.of(unit))
+        append_json_line(path, line)
+        done[unit.name] = line
     return {name: line["texts"] for name, line in done.items() if line["texts"]}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activation_store.errors import InputError, first_line
+from activation_store.errors import InputError
 from activation_store.hooks import locate_hooks
 from activation_store.store import ActivationStore
 from explain.examples import Unit
@@ -186,11 +186,3 @@ class Continuations:
             texts, more = self._written([self.edit(unit.latent, strength)])
             return Written(unit.name, strength, kl, True, texts, None, self.clean, edit, passes + more)
         return Written(unit.name, strength, kl, False, [], reason, self.clean, edit, passes)
-
-
-def written(model: Any, tokenizer: Any, sae: SAE, unit: Unit, prompts: Tensor, target: float = KL) -> Written:
-    """Return `Continuations.of` one unit; of one that cannot be steered, the reason."""
-    try:
-        return Continuations(model, tokenizer, sae, prompts, target=target).of(unit)
-    except InputError as error:  # transcoders, hooks that the model lacks
-        return Written(unit.name, None, None, False, [], first_line(error))

@@ -19,7 +19,7 @@ from activation_store.hooks import locate_hooks, on_pass
 from activation_store.subject import Subject, load_subject
 from explain.config import ExplainConfig
 from explain.examples import Unit
-from explain.interventions import KL, Continuations, prompts_of, written
+from explain.interventions import KL, Continuations, Written, prompts_of
 from sae.architectures.directions import DirectionsSAE
 from sae.architectures.identity import IdentitySAE
 from sae.architectures.standard import StandardSAE
@@ -96,25 +96,28 @@ def test_the_strength_found_has_the_kl_asked_for(target: float, top: float, subj
 
 
 def test_units_that_cannot_be_clamped_have_no_text_and_a_reason(subject: Subject, prompts: Tensor) -> None:
+    def written(unit: Unit, target: float = KL) -> Written:
+        return Continuations(subject.model, subject.tokenizer, sae, prompts, target=target).of(unit)
+
     sae = sae_at(RESID, 32)
-    never = written(subject.model, subject.tokenizer, sae, unit_of(sae, 1, 0.0), prompts)
+    never = written(unit_of(sae, 1, 0.0))
     assert (never.reached, never.texts, never.reason, never.forwards) == (False, [], "it never fires", 0)
-    far = written(subject.model, subject.tokenizer, sae, unit_of(sae, 1), prompts, target=1e6)
+    far = written(unit_of(sae, 1), target=1e6)
     assert (far.reached, far.texts) == (False, [])
     assert "no strength gives a KL of 1e+06" in str(far.reason)
     with torch.no_grad():
         sae.W_dec[1] = 0  # a direction that does nothing
-    still = written(subject.model, subject.tokenizer, sae, unit_of(sae, 1), prompts)
+    still = written(unit_of(sae, 1))
     assert still.kl == pytest.approx(0.0, abs=1e-6)
     assert "no strength" in str(still.reason)
     with torch.no_grad():
         sae.W_dec[1] = torch.inf
-    broken = written(subject.model, subject.tokenizer, sae, unit_of(sae, 1), prompts)
+    broken = written(unit_of(sae, 1))
     assert (broken.strength, broken.kl, broken.reached) == (None, None, False)  # no NaN, which JSON has not
     assert broken.reason == "no strength leaves the model's logits finite"
     transcoder = StandardSAE(SAEConfig("standard", 32, 12, "blocks.1.mlp.hook_in", hook_name_out="blocks.1.hook_mlp_out"))
-    refused = written(subject.model, subject.tokenizer, transcoder, unit_of(transcoder, 1), prompts)
-    assert "steering takes an SAE" in str(refused.reason)
+    with pytest.raises(InputError, match="steering takes an SAE"):
+        Continuations(subject.model, subject.tokenizer, transcoder, prompts)
     with pytest.raises(InputError, match="target: a mean KL of nan given"):
         Continuations(subject.model, subject.tokenizer, sae_at(RESID, 32), prompts, target=float("nan"))
 
@@ -146,7 +149,7 @@ def test_texts_are_the_models_with_the_unit_clamped(subject: Subject, prompts: T
     sae = sae_at(RESID, 32)
     continuations = Continuations(subject.model, subject.tokenizer, sae, prompts)
     found = continuations.of(unit_of(sae, 3))
-    assert found == written(subject.model, subject.tokenizer, sae, unit_of(sae, 3), prompts)
+    assert found == Continuations(subject.model, subject.tokenizer, sae, prompts).of(unit_of(sae, 3))
     assert found.reached
     assert found.kl == pytest.approx(KL, rel=0.1)
     assert found.edit == "clamp"
