@@ -7,7 +7,7 @@ Gur-Arieh et al. 2025, "Enhancing Automated Interpretability with Output-Centric
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -85,14 +85,18 @@ Found = tuple[list[tuple[_Option, list[_Option]]], str | None]
 def _intruders(unit: Unit, seed: int, chance: np.random.Generator) -> Found:
     """One silent window among windows in which the unit fires; its marked tokens are random ones, theirs those that fire."""
     asked = [question for question in questions(unit, "fuzzing", seed) if not question.hard]
-    firing, silent = ([_Option(q.text, unit.name) for q in asked if q.truth is fires] for fires in (True, False))
-    silent = [option for option in silent if option.text not in {other.text for other in firing}]
+    shown = [question for question in asked if question.truth]
+    firing = [_Option(question.text, "") for question in shown]  # all of one unit: nobody is taken for another
+    silent = [question for question in asked if not question.truth]
     if len(firing) < _FEWEST - 1 or not silent:
         return [], f"{len(firing)} windows in which it fires and {len(silent)} silent ones: too few"
     found = []
-    for intruder in silent[:_QUESTIONS]:
+    for question in silent[:_QUESTIONS]:
         order = chance.permutation(len(firing))[: _OPTIONS - 1]
-        found.append((intruder, [firing[i] for i in order]))
+        # as many marks as a firing window drawn at random has: the mean of them would give the intruder away
+        number = min(len(shown[chance.integers(len(shown))].marked), len(question.tokens))
+        marked = tuple(sorted(chance.choice(len(question.tokens), number, replace=False).tolist()))
+        found.append((_Option(replace(question, marked=marked).text, ""), [firing[i] for i in order]))
     return found, None
 
 
@@ -106,7 +110,7 @@ def _among_neighbours(unit: Unit, chance: np.random.Generator) -> Found:
     if not firing or len(near) < _FEWEST - 1:
         return [], f"{len(firing)} windows in which it fires and {len(near)} of neighbours in which it is silent: too few"
     found = []
-    for right in firing[:_QUESTIONS]:
+    for right in (firing[i] for i in chance.permutation(len(firing))[:_QUESTIONS]):  # sampled ones as well as the strongest
         order = chance.permutation(len(near))[: _OPTIONS - 1]
         found.append((right, [near[i] for i in order]))
     return found, None
@@ -114,17 +118,19 @@ def _among_neighbours(unit: Unit, chance: np.random.Generator) -> Found:
 
 def _among_others(unit: Unit, texts: Mapping[str, Sequence[str]], chance: np.random.Generator, missing: str) -> Found:
     """Texts of the unit among texts of other units, each time of others drawn anew. Questions share what is right."""
-    own = [text for text in dict.fromkeys(texts.get(unit.name, ())) if text.strip()]
+    own = texts.get(unit.name, ())
+    prompts = [i for i, text in enumerate(own) if text.strip()]
     rivals = [name for name in texts if name != unit.name]
-    if not own:
+    if not prompts:
         return [], missing
     found = list[tuple[_Option, list[_Option]]]()
     for number in range(_QUESTIONS):
-        right, wrong = own[number % len(own)], dict[str, _Option]()
+        prompt = prompts[number % len(prompts)]  # all options go on from the same one
+        right, wrong = own[prompt], dict[str, _Option]()
         for i in chance.permutation(len(rivals)):
-            of_rival = [text for text in texts[rivals[i]] if text.strip() and text not in own and text not in wrong]
-            if of_rival:
-                text = of_rival[number % len(of_rival)]
+            of_rival = texts[rivals[i]]
+            text = of_rival[prompt] if prompt < len(of_rival) else ""
+            if text.strip() and text != right and text not in wrong:
                 wrong[text] = _Option(text, rivals[i])
             if len(wrong) == _OPTIONS - 1:
                 break

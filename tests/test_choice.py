@@ -84,6 +84,33 @@ def test_where_nothing_can_be_asked_the_reason_is_said(kind: Any, of: Unit, reas
     assert reason in found["reason"]
 
 
+def test_an_intruder_has_as_many_marks_as_some_firing_window() -> None:
+    """Firing windows of one mark or three: never the mean, two."""
+    test = [Example(i, "top", [1, 2, 3, 4], [f" a{i}", " b", " c", " d"], [1.0, *[float(i % 2)] * 2, 0.0]) for i in range(6)]
+    test += [Example(20 + i, "random", [1, 2, 3, 4], [f" z{i}", " x", " y", " w"], [0.0] * 4) for i in range(5)]
+    marks = set()
+    for seed in range(10):
+        asked, _ = choices(Unit("sae", HOOK, 0, 0.1, 1.0, [], test), "intruder", seed)
+        marks |= {question.options[question.right].count("<<") for question in asked}
+        answers = [Chosen(tuple(float(i == (q.right + 1) % 5) for i in range(5))) for q in asked]
+        assert chosen(asked, answers, None, 0, 0)["confused_with"] == {}
+    assert marks == {1, 3}
+
+
+def test_neighbours_are_asked_of_all_firing_windows() -> None:
+    many = unit(firing=12)
+    right = {q.options[q.right] for seed in range(30) for q in choices(many, "neighbours", seed)[0]}
+    assert len(right) == 12
+
+
+def test_texts_under_intervention_go_on_from_one_prompt() -> None:
+    texts = {f"sae/{n}": [f"p{prompt} unit{0 if prompt == 0 and n < 4 else n}" for prompt in range(3)] for n in range(1, 9)}
+    asked, _ = choices(unit(), "intervention", 0, OTHERS, texts)
+    assert len(asked) == 5
+    for question in asked:
+        assert len({option.split()[0] for option in question.options}) == 1
+
+
 def test_outputs_of_too_few_others_are_no_question() -> None:
     assert choices(unit(), "outputs", 0, OTHERS[:1])[1] == "texts of 1 other units: too few"
     (first, *_), _ = choices(unit(), "outputs", 0, OTHERS[:2])
