@@ -1,230 +1,368 @@
-"""The Batch API: files up, batches polled, files down; killed meanwhile, expired, refused."""
+"""What batches() draws: each row once an epoch, the same wherever reading began, and right to the bit."""
 
-import json
-import re
-import threading
-from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from llm_servers import KEY, LATENTS, WINDOW, Request, Words, completion, perfect
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import (
+    DTYPES,
+    MLP,
+    RESID,
+    Made,
+    create,
+    drawable,
+    joined,
+    make,
+    numbered,
+    numbers,
+    read_by_zarr,
+    reading_threads,
+)
 
-import explain.explain as stage
-from activation_store import ActivationStore
-from activation_store.files import read_json_lines
-from explain.config import ExplainConfig
-from explain.cost import price_of
-from sae.sae import SAE
+from activation_store import ActivationStore, HookStatistics, InputError
+from activation_store.shuffle import WINDOW
+from activation_store.statistics import NORM_EDGES
 
-
-class BatchServer:
-    """Takes files and batches as api.openai.com does; `script` turns a line of a batch into a line of its output."""
-
-    def __init__(self, script: Callable[[dict[str, Any]], dict[str, Any] | None], polls: int = 1) -> None:
-        self.script, self.polls = script, polls
-        self.files: dict[str, bytes] = {}
-        self.batches: dict[str, dict[str, Any]] = {}
-        self.lines: list[dict[str, Any]] = []
-        self.status = "completed"
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Be quiet."""
-
-            def reply(self, body: Any, status: int = 200) -> None:
-                raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def do_POST(self) -> None:
-                raw = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.path == "/v1/files":
-                    name = f"file-{len(owner.files)}"
-                    owner.files[name] = re.search(rb'filename="requests.jsonl".*?\r\n\r\n(.*?)\r\n--', raw, re.S)[1]  # type: ignore[index]
-                    self.reply({"id": name, "object": "file", "bytes": 1, "created_at": 0, "filename": "x", "purpose": "batch"})
-                else:
-                    asked = json.loads(raw)
-                    name = f"batch-{len(owner.batches)}"
-                    owner.batches[name] = {**asked, "polls": 0}
-                    self.reply(owner.facts(name, "validating"))
-
-            def do_GET(self) -> None:
-                _, _, kind, name, *rest = self.path.split("/")
-                if kind == "files" and rest == ["content"]:
-                    self.reply(owner.files[name])
-                elif kind == "batches":
-                    batch = owner.batches[name]
-                    batch["polls"] += 1
-                    if batch["polls"] <= owner.polls:
-                        return self.reply(owner.facts(name, "in_progress"))
-                    if "output" not in batch:
-                        owner.work(name)
-                    self.reply(owner.facts(name, owner.status))
-                else:
-                    self.reply({"object": "list", "data": []})
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.base_url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def facts(self, name: str, status: str) -> dict[str, Any]:
-        batch = self.batches[name]
-        return {
-            "id": name, "object": "batch", "endpoint": batch["endpoint"], "input_file_id": batch["input_file_id"],
-            "created_at": 0, "completion_window": "24h", "status": status, "output_file_id": batch.get("output"),
-            "error_file_id": batch.get("error"),
-            "errors": {"data": [{"message": "took too long"}]} if status == "expired" else None,
-        }  # fmt: skip
-
-    def work(self, name: str) -> None:
-        done, wrong = [], []
-        for line in self.files[self.batches[name]["input_file_id"]].splitlines():
-            asked = json.loads(line)
-            assert (asked["method"], asked["url"]) == ("POST", "/v1/chat/completions")
-            self.lines.append(asked)
-            answer = self.script(asked)
-            if answer is not None:
-                good = answer["response"] is not None and answer["response"]["status_code"] == 200
-                (done if good else wrong).append(json.dumps({"id": "x", "custom_id": asked["custom_id"], **answer}))
-        for kind, lines in (("output", done), ("error", wrong)):
-            self.files[f"{name}-{kind}"] = "\n".join(lines).encode()
-            self.batches[name][kind] = f"{name}-{kind}" if lines else None
-
-    def __enter__(self) -> "BatchServer":
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+SEQUENCES, CONTEXT, TRAIN = 53, 7, 40
+memories = st.sampled_from([1e-9, 0.002, 1024])  # blocks a turn: one, five, all there are
 
 
-def answered(line: dict[str, Any]) -> dict[str, Any]:
-    request = Request(0, "", {}, line["body"], 0.0, 1)
-    if '"texts"' in request.user:
-        asked = json.loads(request.user)
-        words = [text.replace("<<", " ").replace(">>", " ").split() for text in asked["texts"].values()]
-        fits = [int(asked["description"] in of_text) for of_text in words]
-        content = json.dumps({"answers": fits})
-    else:
-        content = perfect(request)
-    return {"response": {"status_code": 200, "request_id": "r", "body": completion(content)}, "error": None}
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """53 sequences of 7 tokens, shards of 11, blocks of 4 rows: 97 blocks, some of them short; sequences from 40 on held out."""
+    return numbered(tmp_path_factory.mktemp("numbered") / "s", sequences=SEQUENCES, train=TRAIN, block_bytes=48)
 
 
-def settings(server: BatchServer, **given: Any) -> ExplainConfig:
-    return ExplainConfig(**{
-        "backend": "openai", "base_url": server.base_url, "latents": LATENTS["on one word"], "window": WINDOW, "train_top": 3,
-        "train_sampled": 1, "test_top": 2, "test_sampled": 2, "test_random": 4, "resamples": 0, "instrument": "integers",
-        "batch": True, "batch_poll": 0.02, "concurrency": 1, "scores": ("simulation", "detection", "fuzzing"), **given,
-    })  # fmt: skip
+def rows_of(made: Made, split: str) -> list[int]:
+    return drawable(made, *((0, TRAIN) if split == "train" else (TRAIN, SEQUENCES)))
 
 
-@pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch, api: None) -> None:
-    """Do not wait long for others."""
-    import explain.batches as batches
-
-    original = batches.Batches.__init__
-    monkeypatch.setattr(batches.Batches, "__init__", lambda self, *a, poll: original(self, *a, quiet=0.15, poll=poll))
-
-
-def run(sae: SAE, store: ActivationStore, server: BatchServer, folder: Path, **given: Any) -> dict[str, Any]:
-    return stage.explain(sae, store, Words(), settings(server, **given), folder).summary
+def test_the_geometry_is_what_the_tests_below_want(store: Made) -> None:
+    assert (store.store.block_rows, store.store.shard_blocks, store.store.shards) == (4, 20, 5)
+    turns = [store.store.batches("h", memory_mb=memory).layout.turn_blocks for memory in (1e-9, 0.002, 1024)]
+    assert turns[0] == 1
+    assert 1 < turns[1] < 10
+    assert turns[2] * WINDOW >= 70
 
 
-def test_everything_goes_in_few_batches(sae: SAE, store: ActivationStore, tmp_path: Path) -> None:
-    with BatchServer(answered) as server:
-        summary = run(sae, store, server, tmp_path)
-        found = summary["dictionaries"]["sae"]
-        assert found["scored"] == 4
-        assert found["ev_correlation"]["mean"] == pytest.approx(1.0)
-        assert found["detection"]["description"]["balanced_accuracy"] == 1.0
-        keys = [line["custom_id"] for line in server.lines]
-        assert len(keys) == len(set(keys)) == summary["requests_sent"] > 30
-        assert summary["batches_sent"] == len(server.batches) <= 3  # proposals; scores; controls
-        sent = len(server.lines)
-        (tmp_path / "results.jsonl").unlink()
-        again = run(sae, store, server, tmp_path)
-        assert len(server.lines) == sent
-        assert again["batches_sent"] == 0
-    assert KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
+# What an epoch holds
 
 
-class Killed(Exception):
-    """The kill of these tests."""
+@pytest.mark.parametrize("memory", [1e-9, 0.002, 1024])
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_an_epoch_draws_every_row_of_the_split_once_and_no_other(store: Made, split: str, memory: float) -> None:
+    rows = rows_of(store, split)
+    assert 0 < len(rows) < SEQUENCES * CONTEXT / 1.2
+    made = store.store.batches("h", 16, seed=3, split=split, memory_mb=memory)
+    batches = list(made)
+    assert all(batch.dtype == torch.float32 and batch.shape == (16, 2) for batch in batches[:-1])
+    assert len(batches[-1]) == len(rows) % 16
+    assert all(torch.equal(batch[:, 1], -batch[:, 0]) for batch in batches)  # whole rows, not columns mixed
+    assert sorted(joined(batches)) == rows
+    assert made.rows == len(rows)
+    assert [n.tolist() for n in made.row_numbers()] == numbers(batches)
+    assert made.order(0).tolist() == joined(batches)
 
 
-def test_a_batch_is_taken_up_again_after_a_kill(
-    sae: SAE, store: ActivationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_splits_share_no_row_and_leave_out_only_the_special(store: Made) -> None:
+    train = set(joined(store.store.batches("h", 50)))
+    held = set(joined(store.store.batches("h", 50, split="held_out")))
+    assert not train & held
+    assert max(train) < TRAIN * CONTEXT <= min(held)
+    special = set(np.flatnonzero(np.isin(store.tokens.reshape(-1), [0, 1])).tolist())
+    assert train | held | special == set(range(SEQUENCES * CONTEXT))
+    assert not (train | held) & special
+    np.testing.assert_array_equal(store.store.special.reshape(-1).nonzero()[0], sorted(special))
+
+
+@pytest.mark.parametrize("memory", [1e-9, 0.002, 1024])
+def test_each_of_several_epochs_draws_every_row_once_in_another_order(store: Made, memory: float) -> None:
+    rows = rows_of(store, "train")
+    batches = store.store.batches("h", 33, seed=1, epochs=3, memory_mb=memory)
+    drawn = joined(batches)
+    epochs = [drawn[i * len(rows) : (i + 1) * len(rows)] for i in range(3)]
+    assert all(sorted(epoch) == rows for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len(drawn) == 3 * len(rows)
+    assert [batches.order(number).tolist() for number in range(3)] == epochs
+
+
+def test_orders_are_thoroughly_shuffled_and_differ_by_seed(store: Made) -> None:
+    rows = rows_of(store, "train")
+    orders = [joined(store.store.batches("h", 20, seed=seed)) for seed in range(6)]
+    orders += [joined(store.store.batches("h", 20, seed=0, epochs=3))[i * len(rows) :][: len(rows)] for i in (1, 2)]
+    ranks = np.argsort(orders, axis=1)  # where each row falls in each order
+    correlation = np.corrcoef(np.vstack([ranks, np.arange(len(rows))]))
+    limit = 4.5 / np.sqrt(len(rows))  # of independent orders, one in 150,000 pairs goes beyond; seeds are fixed
+    assert np.abs(correlation - np.eye(len(correlation))).max() < limit
+
+
+@pytest.mark.parametrize("memory", [0.002, 1024])
+def test_equal_seeds_give_equal_batches_again_and_again(store: Made, memory: float) -> None:
+    batches = store.store.batches("h", 20, seed=4, memory_mb=memory)
+    first = numbers(batches)
+    assert numbers(batches) == first  # the object can be iterated as often as wanted
+    assert numbers(ActivationStore.open(store.store.path).batches("h", 20, seed=4, memory_mb=memory)) == first
+    pairs = list(zip(batches, batches, strict=True))  # two at once
+    assert numbers(one for one, _ in pairs) == numbers(other for _, other in pairs) == first
+
+
+def test_without_threads_the_batches_are_the_same(store: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = numbers(store.store.batches("h", 20, epochs=2, memory_mb=0.002))
+    monkeypatch.setattr(ActivationStore, "in_background", False)
+    drawn = iter(store.store.batches("h", 20, epochs=2, memory_mb=0.002))
+    first = [int(n) for n in next(drawn)[:, 0]]
+    assert reading_threads() == []
+    assert [first, *numbers(drawn)] == expected
+
+
+# Seeking
+
+
+@given(
+    batch_size=st.integers(1, 300), start=st.integers(0, 40), seed=st.integers(0, 2**40), epochs=st.integers(1, 3),
+    memory=memories,
+)
+@settings(max_examples=20, deadline=None)
+def test_a_batch_does_not_depend_on_where_reading_began(
+    store: Made, batch_size: int, start: int, seed: int, epochs: int, memory: float
 ) -> None:
-    with BatchServer(answered, polls=10_000) as server:
-        def killed(*_: Any) -> None:
-            raise Killed
-
-        with monkeypatch.context() as patch:
-            patch.setattr("explain.describe.append_json_line", killed)
-            patch.setattr("explain.client.Journal.add", killed)
-            server.polls = 1
-            with pytest.raises(Killed):  # the batch is back, and nothing of it was written down
-                run(sae, store, server, tmp_path)
-        assert len(server.batches) == 1
-        summary = run(sae, store, server, tmp_path)
-        assert summary["dictionaries"]["sae"]["scored"] == 4
-        assert summary["batches_taken_up"] == 1
-        keys = [line["custom_id"] for line in server.lines]
-        assert len(keys) == len(set(keys))  # nothing was sent again
+    whole = store.store.batches("h", batch_size, seed=seed, epochs=epochs, memory_mb=memory)
+    everything = numbers(whole)
+    later = store.store.batches("h", batch_size, seed=seed, start=start, epochs=epochs, memory_mb=memory)
+    assert numbers(later) == everything[start:]
+    assert [rows.tolist() for rows in later.row_numbers()] == everything[start:]
+    assert len(whole) == len(everything) == -(-epochs * len(rows_of(store, "train")) // batch_size)
+    assert len(later) == max(0, len(everything) - start)
 
 
-def test_a_line_that_fails_costs_its_unit_alone_and_is_sent_again(sae: SAE, store: ActivationStore, tmp_path: Path) -> None:
-    broken = [True]
+@given(one=st.integers(1, 300), other=st.integers(1, 300), seed=st.integers(0, 9), memory=memories)
+@settings(max_examples=12, deadline=None)
+def test_the_batch_size_only_cuts_the_stream(store: Made, one: int, other: int, seed: int, memory: float) -> None:
+    def stream(size: int) -> list[int]:
+        return joined(store.store.batches("h", size, seed=seed, epochs=2, memory_mb=memory))
 
-    def script(line: dict[str, Any]) -> dict[str, Any] | None:
-        request = Request(0, "", {}, line["body"], 0.0, 1)
-        if broken[0] and request.simulates is None and '"texts"' not in request.user and request.about == "apple":
-            return {"response": {"status_code": 500, "body": {"error": {"message": "The model broke down."}}}, "error": None}
-        return answered(line)
-
-    with BatchServer(script) as server:
-        found = run(sae, store, server, tmp_path)["dictionaries"]["sae"]
-        assert (found["scored"], found["failed"]) == (3, 1)
-        assert found["failure_reasons"] == ["propose: HTTP 500 (The model broke down.)"]
-        broken[0] = False
-        assert run(sae, store, server, tmp_path)["dictionaries"]["sae"]["scored"] == 4
+    assert stream(one) == stream(other)
 
 
-def test_what_an_expired_batch_did_not_answer_fails_with_the_reason(sae: SAE, store: ActivationStore, tmp_path: Path) -> None:
-    def half(line: dict[str, Any]) -> dict[str, Any] | None:
-        return answered(line) if Request(0, "", {}, line["body"], 0.0, 1).about != "bread" else None
-
-    with BatchServer(half) as server:
-        server.status = "expired"
-        found = run(sae, store, server, tmp_path)["dictionaries"]["sae"]
-        assert (found["scored"], found["failed"]) == (3, 1)
-        assert "is expired, without an answer (took too long)" in found["failure_reasons"][0]
-        server.script, server.status = answered, "completed"
-        assert run(sae, store, server, tmp_path)["dictionaries"]["sae"]["failed"] == 0
-    lines = read_json_lines(tmp_path / "batches.jsonl")
-    assert sum(len(line.get("failed", ())) for line in lines) == 1
-
-
-def test_a_batch_that_is_not_taken_fails_all_with_the_reason(sae: SAE, store: ActivationStore, tmp_path: Path) -> None:
-    with BatchServer(answered) as server:
-        config = {"base_url": server.base_url.replace("/v1", "/v9/none")}
-        found = run(sae, store, server, tmp_path, **config)["dictionaries"]["sae"]
-    assert found["failed"] == 4
-    assert "the batch was not taken" in found["failure_reasons"][0]
+@given(batch_size=st.integers(1, 100), start=st.integers(0, 6), begun=st.integers(0, 5), seed=st.integers(0, 9), memory=memories)
+@settings(max_examples=12, deadline=None)
+def test_the_endless_stream_seeks_exactly(
+    store: Made, batch_size: int, start: int, begun: int, seed: int, memory: float
+) -> None:
+    batches = store.store.batches("h", batch_size, seed=seed, start=begun, memory_mb=memory)
+    count = start + 8
+    expected = numbers(itertools.islice(batches.stream(0), count))
+    assert numbers(itertools.islice(batches.stream(start), 8)) == expected[start:]
+    endless = store.store.batches("h", batch_size, seed=seed, start=start, epochs=None, memory_mb=memory)
+    assert numbers(itertools.islice(endless, 8)) == expected[start:]
+    assert all(len(batch) == batch_size for batch in expected)  # no short batch at the border of two epochs
+    rows = len(rows_of(store, "train"))
+    epochs = count * batch_size // rows + 1
+    flat = [n for batch in expected for n in batch]
+    assert flat == joined(store.store.batches("h", batch_size, seed=seed, epochs=epochs, memory_mb=memory))[: len(flat)]
 
 
-def test_a_batch_costs_half() -> None:
-    whole, half = (price_of(ExplainConfig(backend="openai", model="gpt-4o-mini", batch=batch)) for batch in (False, True))
-    assert whole is not None
-    assert half is not None
-    assert (half.input, half.output, half.cached_input) == (whole.input / 2, whole.output / 2, 0.0375)
+def test_a_batch_larger_than_the_epoch_is_the_epoch(store: Made) -> None:
+    rows = rows_of(store, "train")
+    (batch,) = store.store.batches("h", 10_000)
+    assert sorted(int(n) for n in batch[:, 0]) == rows
+    endless = next(iter(store.store.batches("h", 3 * len(rows) + 1, epochs=None, memory_mb=0.002)))
+    times = np.bincount(endless[:, 0].int().numpy())[rows]
+    assert sorted(times.tolist()) == [3] * (len(rows) - 1) + [4]
+
+
+def test_an_endless_stream_has_no_length_and_no_epochs_no_batch(store: Made) -> None:
+    with pytest.raises(TypeError, match="endless"):
+        len(store.store.batches("h", 20, epochs=None))
+    none = store.store.batches("h", 20, epochs=0)
+    assert (len(none), list(none)) == (0, [])
+
+
+# Several hooks, all dtypes
+
+
+@pytest.mark.parametrize("memory", [1e-6, 1024])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batches_hold_what_read_gives_bit_for_bit_in_every_hook(tmp_path: Path, dtype: str, memory: float) -> None:
+    store = make(tmp_path / "s", dtype, sequences=23, shard=5, block_bytes=24, seed=2).store
+    batches = store.batches((MLP, RESID), 17, seed=1, start=1, epochs=3, memory_mb=memory)
+    drawn = list(batches)
+    assert len(drawn) > 5
+    for (mlp, resid), rows in zip(drawn, batches.row_numbers(), strict=True):
+        for hook, batch in ((MLP, mlp), (RESID, resid)):
+            assert batch.dtype == torch.float32
+            assert batch.numpy().tobytes() == store.read(hook, rows).numpy().tobytes()
+
+
+def test_hooks_are_drawn_in_step_together_and_one_by_one(store: Made) -> None:
+    alone = numbers(store.store.batches("h", 20, seed=4))
+    assert numbers(store.store.batches("other", 20, seed=4)) == alone
+    together = list(store.store.batches(("h", "other"), 20, seed=4))
+    assert all(isinstance(item, tuple) for item in together)
+    assert numbers(one for one, _ in together) == numbers(other for _, other in together) == alone
+    (single,) = next(iter(store.store.batches(["other"], 20, seed=4)))  # a list of one gives tuples of one
+    assert [int(n) for n in single[:, 0]] == alone[0]
+
+
+@pytest.mark.parametrize("hooks", [(), ("h", "h"), ("h", "nothing")], ids=str)
+def test_hooks_that_cannot_be_drawn_are_refused(store: Made, hooks: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match="hook"):
+        store.store.batches(hooks)
+
+
+@pytest.mark.parametrize("memory", [0.002, 1024])
+def test_a_batch_belongs_to_whoever_took_it(store: Made, memory: float) -> None:
+    expected = numbers(store.store.batches("h", 20, epochs=2, memory_mb=memory))
+    drawn, kept = [], []
+    for batch in store.store.batches("h", 20, epochs=2, memory_mb=memory):
+        drawn.append([int(n) for n in batch[:, 0]])
+        kept.append(batch.fill_(float("nan")))
+    assert drawn == expected
+    assert all(bool(batch.isnan().all()) for batch in kept)  # nor does anyone write into it later
+
+
+def test_batches_come_on_the_device_asked_for(store: Made) -> None:
+    item = next(iter(store.store.batches(("h", "other"), 20, device="meta")))
+    assert [(x.device.type, tuple(x.shape)) for x in item] == [("meta", (20, 2)), ("meta", (20, 3))]
+    assert numbers(store.store.batches("h", 20, device="cpu")) == numbers(store.store.batches("h", 20))
+
+
+# What is left out
+
+
+def with_median(edge: int) -> HookStatistics:
+    """Statistics whose median norm is in the middle of bin `edge`: NORM_EDGES[edge] * 2^(1/16)."""
+    histogram = np.zeros(len(NORM_EDGES) - 1, np.int64)
+    histogram[edge] = 1
+    return HookStatistics(1, np.zeros(1), 1.0, 1.0, 1.0, norm_histogram=histogram)
+
+
+def test_special_tokens_padding_and_loud_rows_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Row n of "h" is (n, -n), of "other" (n, n, n): norms are n sqrt(2) and n sqrt(3)."""
+    tokens = np.array([[0, 5, 5, 1], [5, 5, 0, 5], [5, 5, 5, 5], [0, 5, 5, 5]], np.int32)
+    documents = np.array([[0, 0, 1, 1], [1, 1, -1, -1], [2, 2, 2, 2], [3, 3, 3, -1]], np.int32)
+    edge = NORM_EDGES.index(8.0)
+    made = numbered(
+        tmp_path / "s", tokens=tokens, documents=documents, sequences=4, context=4, shard=2, train=3, block_bytes=36,
+        statistics=with_median(edge),
+    )  # fmt: skip
+    median = 8 * 2 ** (1 / 16)
+    assert made.store.statistics("h").median_norm == pytest.approx(median)
+
+    def drawn(hook: Any, **options: Any) -> tuple[list[int], dict[str, int]]:
+        batches = made.store.batches(hook, 3, **options)
+        found = [n for item in batches for n in (item[0] if isinstance(item, tuple) else item)[:, 0].int().tolist()]
+        return sorted(found), batches.left_out
+
+    assert drawn("h") == ([1, 2, 4, 5, 8, 9, 10, 11], {"special_tokens": 2, "padding": 2})
+    assert drawn("h", split="held_out") == ([13, 14], {"special_tokens": 1, "padding": 1})
+    multiple = 10.5 * np.sqrt(2) / median  # above it: 11 of "h"; of "other" 9 and more, for 9 sqrt(3) > 10.5 sqrt(2)
+    assert drawn("h", max_norm_multiple=multiple) == (
+        [1, 2, 4, 5, 8, 9, 10], {"special_tokens": 2, "padding": 2, "norm_outliers": 1},
+    )  # fmt: skip
+    for hook in ("other", ("h", "other")):  # together: out where any hook is loud
+        assert drawn(hook, max_norm_multiple=multiple) == (
+            [1, 2, 4, 5, 8], {"special_tokens": 2, "padding": 2, "norm_outliers": 3},
+        )  # fmt: skip
+    assert drawn("h", max_norm_multiple=float("inf"))[0] == [1, 2, 4, 5, 8, 9, 10, 11]
+    with pytest.raises(InputError, match="8 norm_outliers"):
+        made.store.batches("h", max_norm_multiple=1e-6)
+
+
+@pytest.mark.parametrize("memory", [1e-9, 0.002, 1024])
+def test_norms_known_only_when_rows_are_read_change_no_other_row(
+    store: Made, monkeypatch: pytest.MonkeyPatch, memory: float
+) -> None:
+    """As a live model has it: a loud row gives its place to another of the same draw. Blocks 0 to 19 are all special."""
+    empty = store.tokens.copy()
+    empty[:11] = 0
+    monkeypatch.setattr(ActivationStore, "norms_known", False)
+    monkeypatch.setattr(ActivationStore, "norm_limit", lambda self, hook, multiple: multiple)
+    monkeypatch.setattr(
+        ActivationStore, "sequence_array", lambda self, name, shard: {"tokens": empty, "documents": store.documents}[name][
+            self.shard_sequences(shard)
+        ]
+    )  # fmt: skip
+    plain = joined(store.store.batches("h", 16, memory_mb=memory))
+    assert min(plain) >= 77
+    limit = (90 if memory < 1e-6 else 250) * float(np.sqrt(2))
+    drawn = store.store.batches("h", 16, memory_mb=memory, max_norm_multiple=limit)
+    if memory < 1e-6:  # fourteen blocks a draw: some hold loud rows only, and that is said
+        with pytest.raises(InputError, match=r"every one of [1-9]\d* rows is above the limit"):
+            list(drawn)
+        return
+    found = joined(drawn)
+    assert len(found) == len(plain)
+    assert [n for n, before in zip(found, plain, strict=True) if before <= 250] == [n for n in plain if n <= 250]
+    assert max(found) <= 250
+    assert drawn.left_out["norm_outliers"] == sum(n > 250 for n in plain)
+    assert joined(store.store.batches("h", 16, start=3, memory_mb=memory, max_norm_multiple=limit)) == found[48:]
+
+
+def test_a_draw_without_rows_is_no_fault(store: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ActivationStore, "norms_known", False)
+    monkeypatch.setattr(ActivationStore, "norm_limit", lambda self, hook, multiple: 1e9)
+    monkeypatch.setattr(ActivationStore, "special_of", lambda self, shard: np.full((11, CONTEXT), shard != 2)[: 53 - 11 * shard])
+    found = joined(store.store.batches("h", 16, memory_mb=1e-9, max_norm_multiple=1.0))
+    assert sorted(found) == list(range(22 * CONTEXT, 33 * CONTEXT))
+
+
+def test_splits_that_cannot_be_drawn_from_are_refused(store: Made, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'test'.*train, held_out"):
+        store.store.batches("h", split="test")
+    tokens = np.zeros((2, 3), np.int32)
+    facts = {"special_token_ids": [0], "train_sequences": 2}
+    special = ActivationStore.create(tmp_path / "s", tokens, tokens, {"h": 1}, attributes=facts)
+    with pytest.raises(InputError, match="held_out"):
+        special.batches("h", split="held_out")
+    with pytest.raises(InputError, match="6 special_tokens"):
+        special.batches("h")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"batch_size": 0}, {"batch_size": -4}, {"start": -1}, {"seed": -1}, {"epochs": -1}, {"memory_mb": 0.0},
+     {"memory_mb": float("nan")}, {"memory_mb": float("inf")}, {"max_norm_multiple": 0.0}, {"max_norm_multiple": -1.0}],
+    ids=str,
+)  # fmt: skip
+def test_arguments_that_make_no_batches_are_refused_by_name(store: Made, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        store.store.batches("h", **{"batch_size": 16, **wrong})
+
+
+def test_a_harvested_store_is_drawn_the_same_way(tiny_store: ActivationStore) -> None:
+    hook = "blocks.1.hook_resid_post"
+    values = read_by_zarr(tiny_store.path, f"{hook}/activations")
+    tokens = read_by_zarr(tiny_store.path, "tokens")
+    kept = [i for i in range(tiny_store.train_sequences * 16) if tokens.reshape(-1)[i] not in (0, 1)]
+    drawn = torch.cat(list(tiny_store.batches(hook, 512, seed=0))).numpy()
+    assert len(drawn) == len(kept)
+    np.testing.assert_array_equal(np.sort(drawn, axis=0), np.sort(values[kept], axis=0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_rows_as_stored_are_those_of_the_float32_batches(tmp_path: Path, dtype: str) -> None:
+    tokens = np.full((40, 7), 5, np.int32)
+    made = create(tmp_path / "s", tokens, tokens, {"h": 3}, dtype=dtype, block_bytes=48)
+    kind = getattr(torch, dtype)
+    for shard in range(made.shards):
+        span = made.shard_sequences(shard)
+        made.write_shard(shard, {"h": torch.randn(((span.stop - span.start) * 7, 3)).to(kind)})
+    made.change_attributes(complete=True)
+    stored = list(made.batches("h", 16, seed=1, as_stored=True))
+    assert {x.dtype for x in stored} == {kind}
+    floats = list(made.batches("h", 16, seed=1))
+    assert all(torch.equal(a.float(), b) for a, b in zip(stored, floats, strict=True))
+
+
+def test_int8_rows_are_not_handed_out_without_their_scales(tmp_path: Path) -> None:
+    tokens = np.full((4, 7), 5, np.int32)
+    made = create(tmp_path / "s", tokens, tokens, {"h": 3}, dtype="int8", block_bytes=48)
+    with pytest.raises(InputError, match="as_stored: True given"):
+        made.batches("h", as_stored=True)
