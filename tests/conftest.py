@@ -14,7 +14,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from llm_servers import HOOK, KEY, relu_dictionary, toy_store
+from llm_servers import HOOK, KEY, live_server, relu_dictionary, toy_store
 
 from activation_store import ActivationStore, DataConfig, HarvestConfig, ModelConfig
 from sae.architectures.standard import StandardSAE
@@ -121,14 +121,19 @@ def tiny_store(tiny_model_dir: Path, tiny_text: Path, tmp_path_factory: pytest.T
     )
 
 
-def demo_fetcher() -> ModuleType:
-    """scripts/fetch_demo.py as a module: scripts/ is no package."""
-    spec = importlib.util.spec_from_file_location("fetch_demo", ROOT / "scripts" / "fetch_demo.py")
+def script(name: str) -> ModuleType:
+    """scripts/NAME.py as a module: scripts/ is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def demo_fetcher() -> ModuleType:
+    """What fetches the demo's files."""
+    return script("fetch_demo")
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +146,14 @@ def demo_model_dir() -> Path:
         fetch.FOLDER.mkdir(exist_ok=True)
         fetch.fetch_model()
     return Path(model_folder(ModelConfig(id=str(fetch.MODEL))))
+
+
+@pytest.fixture(scope="module")
+def live(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """llama.cpp serving SmolLM2-135M-Instruct; `demo_model_dir` sees to it that the GGUF is there."""
+    pytest.importorskip("xllamacpp")
+    with live_server(demo_fetcher().MODEL, tmp_path_factory.mktemp("live") / "server.log") as base_url:
+        yield base_url
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llm_servers import LATENTS, WINDOW, ChatServer, Reply, Request, Words, completion, live_server, perfect
+from llm_servers import LATENTS, WINDOW, ChatServer, Reply, Request, Words, completion, perfect
 
 import explain.explain as stage
 from activation_store import ActivationStore
@@ -78,14 +77,6 @@ def test_what_is_answered_is_not_counted_again(sae: SAE, store: ActivationStore,
         lines = (tmp_path / "requests.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "requests.jsonl").write_text("".join(lines[:-5]))
         assert asyncio.run(estimate(config, tmp_path, Letters(), 0))["requests"] == 5
-
-
-@pytest.fixture(scope="module")
-def live(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("xllamacpp")
-    gguf = Path(__file__).parent.parent / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with live_server(gguf, tmp_path_factory.mktemp("live") / "server.log") as base_url:
-        yield base_url
 
 
 @pytest.mark.usefixtures("api")

@@ -2,19 +2,18 @@
 
 import asyncio
 import gzip
-import importlib.util
 import json
 import math
 import string
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llm_servers import HOOK, LATENTS, OTHER_HOOK, Words
@@ -414,15 +413,6 @@ def test_a_neuron_explainer_record_and_result_by_hand() -> None:
     ] is None  # fmt: skip
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("golden_neuron_records", ROOT / "scripts" / "golden_neuron_records.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def without_names(value: Any) -> Any:
     if isinstance(value, list):
         return [without_names(one) for one in value]
@@ -431,7 +421,7 @@ def without_names(value: Any) -> Any:
 
 def test_neuron_explainer_reads_our_files_as_we_do(tmp_path: Path) -> None:
     """Its loaders' findings were stored: scripts/golden_neuron_records.py."""
-    script().write(tmp_path / "written")
+    script("golden_neuron_records").write(tmp_path / "written")
     files = sorted(p.relative_to(GOLDEN / "written") for p in (GOLDEN / "written").rglob("*.json*"))
     assert [(tmp_path / "written" / p).read_bytes() for p in files] == [(GOLDEN / "written" / p).read_bytes() for p in files]
     found = json.loads((GOLDEN / "read.json").read_text())["neurons"]
@@ -472,7 +462,7 @@ def test_neuron_explainer_itself_reads_our_files(tmp_path: Path) -> None:
     python = ROOT / ".venv-peers" / "neuron_explainer" / "bin" / "python"
     if not python.exists():
         pytest.skip("neuron_explainer is not set up (scripts/set_up_peers.py)")
-    script().write(tmp_path / "written")
+    script("golden_neuron_records").write(tmp_path / "written")
     command = [python, ROOT / "scripts/golden_neuron_records.py", "read", "--folder", tmp_path / "written"]
     done = subprocess.run([*command, "--to", tmp_path / "read.json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

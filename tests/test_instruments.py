@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from llm_servers import (
     Spoken,
     completion,
     error,
-    live_server,
     relu_dictionary,
     spoken_store,
 )
@@ -562,15 +561,6 @@ def test_the_command_says_what_a_server_can_do(tmp_path: Path) -> None:
 
 
 # --- a real server
-
-
-@pytest.fixture(scope="module")
-def live(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """llama.cpp serving SmolLM2-135M-Instruct; `demo_model_dir` sees to it that the GGUF is there."""
-    pytest.importorskip("xllamacpp")
-    gguf = ROOT / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with live_server(gguf, tmp_path_factory.mktemp("live") / "server.log") as base_url:
-        yield base_url
 
 
 @pytest.mark.parametrize("instrument", ["auto", pytest.param("token_by_token", marks=pytest.mark.soak)])

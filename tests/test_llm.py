@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from llm_servers import (
     completion,
     error,
     good,
-    live_server,
     perfect,
     relu_dictionary,
     spoken_store,
@@ -690,15 +689,6 @@ def test_killed_midway_it_sends_no_answered_request_again(
 
 
 # --- a real server
-
-
-@pytest.fixture(scope="module")
-def live(demo_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """llama.cpp serving SmolLM2-135M-Instruct; `demo_model_dir` sees to it that the GGUF is there."""
-    pytest.importorskip("xllamacpp")
-    gguf = ROOT / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    with live_server(gguf, tmp_path_factory.mktemp("live") / "server.log") as base_url:
-        yield base_url
 
 
 @pytest.fixture(scope="module")
