@@ -185,19 +185,17 @@ class ChatClient:
             self._batches = Batches(lambda: self._client, journal.with_name("batches.jsonl"), poll=config.batch_poll)
         self._budget = Budget(price_of(config), config.max_cost, config.max_answer_tokens, self._journal.used)
 
-    async def complete(self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int) -> str:
-        """Return the answer's text. `attempt` above 0 asks afresh for one that could not be read.
+    async def answer(
+        self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int, top_logprobs: int = 0
+    ) -> Answer:  # fmt: skip
+        """Return an answer, with its tokens and the likeliest `top_logprobs` in the place of each.
+
+        `attempt` above 0 asks afresh for one that could not be read.
 
         Transport faults and statuses 408, 409, 429 and 5xx are retried, `explain.retries` times, after as long as Retry-After
         says. A parameter that the server says it does not take is left out from then on.
         Raises RequestFailed with the reason once that is exhausted, UnusableReply for a reply that is no chat completion.
         """
-        return (await self.answer(messages, schema, attempt)).text
-
-    async def answer(
-        self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int, top_logprobs: int = 0
-    ) -> Answer:  # fmt: skip
-        """Do as `complete`, with the answer's tokens and the likeliest `top_logprobs` in the place of each."""
         import openai
         from openai.types.chat import ChatCompletion
 
@@ -244,7 +242,7 @@ class ChatClient:
     ) -> Any:  # fmt: skip
         """Ask any route of the server, in its own words; what `read` takes from the JSON it replies is journalled under `key`.
 
-        A path that begins with // is at the server's root, outside of the API's own. Raises as `complete`.
+        A path that begins with // is at the server's root, outside of the API's own. Raises as `answer`.
         """
         url = self.base_url.rstrip("/").removesuffix("/v1") + path[1:] if path.startswith("//") else path
         kept = await self._once(

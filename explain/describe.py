@@ -37,8 +37,8 @@ class Describer:
     folder: Path
     seed: int
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by unit, what the model writes with it clamped
-    done: dict[str, Line] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+    done: dict[str, Line] = field(init=False)
+    failures: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Read what is done; predictions stay in the file."""
@@ -138,14 +138,21 @@ class Describer:
             if kind == "neighbours":
                 line[f"lookup_{kind}"] = await self._chosen(unit, table, kind, self._lookup)
 
-        works: list[Callable[[], Awaitable[None]]] = [simulate] if "simulation" in config.scores else []
-        works += [partial(judge, kind) for kind in KINDS if kind in config.scores]
-        works += [partial(choose, kind) for kind in CHOICE_KINDS if kind in config.scores]
-        await self._each(works)
+        await self._each_score(simulate, judge, choose)
         return line
 
-    async def _each(self, works: Sequence[Callable[[], Awaitable[None]]]) -> None:
-        """Do one after the other, so that a unit that fails sends no more; in batches, which take hours, all together."""
+    async def _each_score(
+        self, simulate: Callable[[], Awaitable[None]], judge: Callable[[Kind], Awaitable[None]],
+        choose: Callable[[ChoiceKind], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        """Do what the config's scores ask for, one after the other, so that a unit that fails sends no more.
+
+        In batches, which take hours, all together.
+        """
+        scores = self.config.scores
+        works: list[Callable[[], Awaitable[None]]] = [simulate] if "simulation" in scores else []
+        works += [partial(judge, kind) for kind in KINDS if kind in scores]
+        works += [partial(choose, kind) for kind in CHOICE_KINDS if kind in scores]
         if self.config.batch:
             for failure in await asyncio.gather(*(work() for work in works), return_exceptions=True):
                 if failure is not None:
@@ -179,14 +186,11 @@ class Describer:
             line[f"shuffled_{kind}"] = judged(asked, await self.backend.judge(stranger, kind, asked), 0, self.seed)
 
         async def choose(kind: ChoiceKind) -> None:
-            line[f"shuffled_{kind}"] = await self._chosen(unit, stranger, kind, self.backend)
+            if kind != "intruder":  # no description is shown
+                line[f"shuffled_{kind}"] = await self._chosen(unit, stranger, kind, self.backend)
 
-        scores = self.config.scores
-        works: list[Callable[[], Awaitable[None]]] = [simulate] if "simulation" in scores else []
-        works += [partial(judge, kind) for kind in KINDS if kind in scores]
-        works += [partial(choose, kind) for kind in CHOICE_KINDS[1:] if kind in scores]  # intruders need no description
         try:
-            await self._each(works)
+            await self._each_score(simulate, judge, choose)
         except RequestFailed:
             return False
         return True

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -49,15 +50,16 @@ def dictionaries(sae: SAE, store: ActivationStore, config: ExplainConfig, seed: 
     tail of them: whichever is stronger on a sample of the training rows becomes the positive one.
     """
     hook = sae.cfg.hook_name or store.hooks[0]
+    rows_of = cache(partial(sample_rows, store))  # several kinds may be of one hook
     found = [Dictionary("sae", "latents", sae, store, hook, config.latents)]
     if config.neurons:
         neuron_hook = config.neuron_hook or hook
         width = store.width(neuron_hook)
-        signs = stronger_tails(sample_rows(store, neuron_hook))
+        signs = stronger_tails(rows_of(neuron_hook))
         neurons = IdentitySAE.of(neuron_hook, width, signs)
         found.append(Dictionary("neurons", "neurons", neurons, store, neuron_hook, config.neurons, signs))
     if config.random or config.principal:
-        rows = sample_rows(store, hook)
+        rows = rows_of(hook)
         width = rows.shape[1]
         if config.random:
             drawn = DirectionsSAE.random(width, min(config.random, width), rows.mean(0), seed=seed, hook=hook)

@@ -37,8 +37,8 @@ class _Counting(ChatClient):
     async def answer(
         self, messages: list[dict[str, str]], schema: dict[str, Any], attempt: int, top_logprobs: int = 0
     ) -> Answer:  # fmt: skip
-        """Note what is asked, for `_once` to answer."""
-        self._messages, self._schema = messages, schema
+        """Note the shape of the answer, which not every form of request holds, for `_once` to fill."""
+        self._schema = schema
         return await super().answer(messages, schema, attempt, top_logprobs)
 
     async def _once(
@@ -53,7 +53,7 @@ class _Counting(ChatClient):
         if wanted["type"] == "string":
             value = f"{_DESCRIPTION} {self._made}"  # no two units' are the same
         text = json.dumps({name: max(value, wanted.get("minimum", 0)) if wanted["type"] == "integer" else value})
-        prompt = sum(self.tokens(message["content"]) + _FRAME_TOKENS for message in self._messages)
+        prompt = sum(self.tokens(message["content"]) + _FRAME_TOKENS for message in request["messages"])
         self.counted += Usage(prompt, 0, self.tokens(text) + 1)
         self.kinds[_KINDS.get(name, name)] += 1
         self._journal.add(key, text)  # as a run would: what is asked twice is sent once

@@ -1,12 +1,16 @@
 """The inner loops of the evidence pass, compiled (numba): a few operations for each latent that fires, no array of all pairs."""
 
+from typing import Any
+
 from numba import njit
 
 compiled = njit(nogil=True, cache=True, error_model="numpy")
 
 
 @compiled
-def offer(keys, values, windows, latent, key, value, window):  # type: ignore[no-untyped-def]
+def offer(
+    keys: Any, values: Any, windows: Any, latent: int, key: float, value: float, window: int
+) -> None:  # pragma: no cover - compiled
     """Let a candidate into its latent's row, strongest first, if its key is above the last's; of equal keys the earlier stays."""
     place = keys.shape[1] - 1
     if not key > keys[latent, place]:
@@ -20,17 +24,20 @@ def offer(keys, values, windows, latent, key, value, window):  # type: ignore[no
 
 
 @compiled
-def offer_all(keys, values, windows, latents, new_keys, new_values, new_windows):  # type: ignore[no-untyped-def]
+def offer_all(
+    keys: Any, values: Any, windows: Any, latents: Any, new_keys: Any, new_values: Any, new_windows: Any
+) -> None:  # pragma: no cover - compiled
     """Offer candidates one after another."""
     for i in range(len(latents)):
         offer(keys, values, windows, latents[i], new_keys[i], new_values[i], new_windows[i])
 
 
 @compiled
-def rank_block(  # type: ignore[no-untyped-def]
-    starts, latents, values, window_of_row, first, of_window, of_latent, peak, touched, fired,
-    top_keys, top_values, top_windows, sample_keys, sample_values, sample_windows,
-):  # fmt: skip
+def rank_block(
+    starts: Any, latents: Any, values: Any, window_of_row: Any, first: int, of_window: Any, of_latent: Any, peak: Any,
+    touched: Any, fired: Any, top_keys: Any, top_values: Any, top_windows: Any, sample_keys: Any, sample_values: Any,
+    sample_windows: Any,
+) -> None:  # pragma: no cover - compiled  # fmt: skip
     """Rank the windows of a block of rows, whose latents are starts, latents, values as in SparseLatents.
 
     `window_of_row` counts windows from the block's first one, `first`, in order. `peak` (d_sae) must be zero and is zero again at

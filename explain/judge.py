@@ -83,31 +83,29 @@ def judged(asked: Sequence[Question], answers: Sequence[Judgement], resamples: i
     undefined. Hard negatives count in `hard` alone, which is of them and of the windows in which the unit fires. `always_yes` is
     the F1 of who answers yes to everything.
     """
-    easy = [i for i, question in enumerate(asked) if not question.hard]
-    against_hard = [i for i, question in enumerate(asked) if question.hard or question.truth]
-    has_hard = len(easy) < len(asked)
-    figures = _figures([asked[i] for i in easy], [answers[i] for i in easy], resamples, seed)
-    of_hard = [asked[i] for i in against_hard], [answers[i] for i in against_hard]
-    counts = Counts.of([answer.probability > 0.5 for answer in of_hard[1]], [question.truth for question in of_hard[0]])
-    ratings = [answer.probability for answer in of_hard[1]]
-    scores = plain({**counts.scores(), "auc": auc(ratings, [question.truth for question in of_hard[0]])})
-    return {**figures, "hard": {"counts": vars(counts), **scores} if has_hard else None}
+    pairs = list(zip(asked, answers, strict=True))
+    hard = [(question, answer) for question, answer in pairs if question.hard or question.truth]
+    has_hard = any(question.hard for question in asked)
+    figures = _figures([pair for pair in pairs if not pair[0].hard], resamples, seed)
+    return {**figures, "hard": _counted(hard) if has_hard else None}
 
 
-def _figures(asked: Sequence[Question], answers: Sequence[Judgement], resamples: int, seed: int) -> dict[str, Any]:
-    says, fires = [answer.probability > 0.5 for answer in answers], [question.truth for question in asked]
-    strata = [f"{question.stratum} {question.truth}" for question in asked]
+def _counted(pairs: Sequence[tuple[Question, Judgement]]) -> dict[str, Any]:
+    says, fires = [answer.probability > 0.5 for _, answer in pairs], [question.truth for question, _ in pairs]
     counts = Counts.of(says, fires)
-    weights = [question.weight for question in asked]
-    masses = [answer.mass for answer in answers if answer.mass is not None]
-    ratings = [answer.probability for answer in answers]
+    return {"counts": vars(counts), **plain({**counts.scores(), "auc": auc([answer.probability for _, answer in pairs], fires)})}
+
+
+def _figures(pairs: Sequence[tuple[Question, Judgement]], resamples: int, seed: int) -> dict[str, Any]:
+    says, fires = [answer.probability > 0.5 for _, answer in pairs], [question.truth for question, _ in pairs]
+    strata = [f"{question.stratum} {question.truth}" for question, _ in pairs]
+    weights = [question.weight for question, _ in pairs]
+    masses = [answer.mass for _, answer in pairs if answer.mass is not None]
     return {
-        "counts": vars(counts),
-        **plain(counts.scores()),
-        **plain({"auc": auc(ratings, fires), "false_alarm_bound": counts.false_alarm_bound()}),
+        **_counted(pairs),
+        "false_alarm_bound": plain({"bound": Counts.of(says, fires).false_alarm_bound()})["bound"],
         "intervals": count_intervals(says, fires, strata=strata, resamples=resamples, seed=seed),
         "population": plain(Counts.of(says, fires, weights).scores()),
-        "always_yes": plain({"f1": Counts.of([True] * len(fires), fires).scores()["f1"]})["f1"],
+        "always_yes": plain(Counts.of([True] * len(fires), fires).scores())["f1"],
         "mass": sum(masses) / len(masses) if masses else None,
     }
-

@@ -50,7 +50,9 @@ def levels(activations: list[float], top: float) -> list[int]:
 
 def proposal(unit: Unit, config: ExplainConfig, mistakes: Mistakes | None = None) -> tuple[str, str]:
     """Return what a proposer is told, and what it is shown."""
-    shown, top = excerpts(unit)
+    top = _top(unit)
+    firing = [e for e in unit.train if max(e.activations, default=0.0) > 0]
+    shown = "\n\n".join(_excerpt(i, e, levels(e.activations, top)) for i, e in enumerate(firing, 1))
     if "outputs" in config.show:
         shown += "\n\n" + _outputs(unit)
     negatives = [example for example in unit.train if max(example.activations) <= 0]
@@ -72,14 +74,12 @@ def instructions(config: ExplainConfig, again: bool = False) -> str:
 
 def scale_of(unit: Unit) -> float:
     """Return the activation of one level: errors of simulations are measured in activations."""
-    return excerpts(unit)[1] / _LEVELS
+    return _top(unit) / _LEVELS
 
 
-def excerpts(unit: Unit) -> tuple[str, float]:
-    """Return the training examples in which the unit fires as a proposer is shown them, and the activation of level 10."""
-    firing = [e for e in unit.train if max(e.activations, default=0.0) > 0]
-    top = max((max(e.activations) for e in firing), default=0.0)
-    return "\n\n".join(_excerpt(i, e, levels(e.activations, top)) for i, e in enumerate(firing, 1)), top
+def _top(unit: Unit) -> float:
+    """Return the activation of level 10, the strongest among training examples."""
+    return max((a for e in unit.train for a in e.activations if a > 0), default=0.0)
 
 
 def _excerpt(number: int, example: Example, level: list[int]) -> str:

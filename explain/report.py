@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 from activation_store.files import write_atomic
 from explain.choice import CHOICE_KINDS
 from explain.judge import KINDS
+from explain.summary import OF_UNITS
 
 _HERE = Path(__file__).parent
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -323,7 +324,7 @@ def _score_means(summary: dict[str, Any]) -> list[Html]:
         parts.append(_table(["", "score", "SAE", "this", "SAE less this"], compared, caption))
     if reasons:
         parts.append(tag("div", tag("p", "Why units failed"), tag("ul", *reasons), class_="reason"))
-    return [*parts, _facts("Instrument", {name: value for name, value in summary.items() if not isinstance(value, dict)})]
+    return [*parts, _facts("Instrument", {name: value for name, value in summary.items() if name not in OF_UNITS})]
 
 
 # Features

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from explain.choice import CHOICE_KINDS
-from explain.examples import HARD, Unit
+from explain.examples import Unit
 from explain.judge import KINDS
 from sae.evaluation.bootstrap import intervals
 
@@ -15,6 +16,8 @@ Line = dict[str, Any]
 _MEANS = (
     "ev_correlation", "rsquared", "absolute_dev_explained", "rsquared_centred", "population_correlation", "hard_correlation",
 )  # fmt: skip
+OF_UNITS = ("dictionaries", "compared", "splits", "clusters")
+"""What a summary says of the units; the rest is of who explained and scored them."""
 _OF_JUDGES = ("balanced_accuracy", "f1", "auc")
 
 
@@ -36,7 +39,7 @@ def final_line(unit: Unit, result: Line | None, failure: str | None, scores: Seq
     if "undefined" in result:
         line |= {"state": "undefined", "reason": result["undefined"]}
     elif first == "simulation" and line["ev_correlation"] is None:
-        true = [a for e in unit.test if e.kind not in HARD for a in e.activations]
+        true = [a for e in unit.test if not e.hard for a in e.activations]
         constant = not true or max(true) == min(true)
         why = "the unit does not vary on its test examples" if constant else "the predictions do not vary"
         line |= {"state": "undefined", "reason": f"correlation undefined: {why}"}
@@ -60,7 +63,7 @@ def summarise(lines: Sequence[Line], resamples: int, seed: int) -> Line:
     def mean(key: str) -> Line:
         values = [line[key] for line in scored if line.get(key) is not None]
         error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-        return {"mean": float(np.mean(values)) if values else None, "standard_error": error, "units": len(values)}
+        return {"mean": _mean(values), "standard_error": error, "units": len(values)}
 
     states = {state: sum(line["state"] == state for line in lines) for state in ("scored", "undefined", "failed")}
     keys = (*_MEANS, "lookup_correlation", "shuffled_correlation", "constant_rsquared", "label_mass")
@@ -86,16 +89,17 @@ def _margin(pairs: Sequence[tuple[float | None, float | None]], resamples: int, 
 
 def _judged_means(scored: Sequence[Line], kind: str, resamples: int, seed: int) -> Line:
     """Return means over units of what judges' answers are worth, by whose answers they are, and margins; None where undefined."""
+    accuracy = partial(_value, name="balanced_accuracy")
     found: Line = {}
     for name, key in (("description", kind), ("lookup", f"lookup_{kind}"), ("shuffled", f"shuffled_{kind}")):
         own = [line[key] for line in scored if line.get(key) is not None]
-        figures = {figure: [of[figure] for of in own if of[figure] is not None] for figure in _OF_JUDGES}
-        figures["population_precision"] = [p for of in own if (p := of["population"]["precision"]) is not None]
-        figures["hard_balanced_accuracy"] = [of["hard"]["balanced_accuracy"] for of in own if of["hard"] is not None]
-        found[name] = {figure: float(np.mean(values)) if values else None for figure, values in figures.items()}
+        figures = {figure: [of[figure] for of in own] for figure in _OF_JUDGES}
+        figures["population_precision"] = [of["population"]["precision"] for of in own]
+        figures["hard_balanced_accuracy"] = [_value(of, "hard", "balanced_accuracy") for of in own]
+        found[name] = {figure: _mean(values) for figure, values in figures.items()}
         found[name]["units"] = len(own)
     found["margins"] = {
-        control: _margin([(_balanced(line, kind), _balanced(line, f"{control}_{kind}")) for line in scored], resamples, seed)
+        control: _margin([(accuracy(line, kind), accuracy(line, f"{control}_{kind}")) for line in scored], resamples, seed)
         for control in ("shuffled", "lookup")
     }
     return found
@@ -103,37 +107,36 @@ def _judged_means(scored: Sequence[Line], kind: str, resamples: int, seed: int) 
 
 def _choice_means(scored: Sequence[Line], kind: str, resamples: int, seed: int) -> Line | None:
     """Return mean accuracies over units by whose choices they are, what chance gives, and margins; None if nobody was asked."""
-    own = [line for line in scored if (line.get(kind) or {}).get("accuracy") is not None]
+    own = [line for line in scored if _value(line, kind, "accuracy") is not None]
     if not any(line.get(kind) is not None for line in scored):
         return None
 
-    def accuracies(prefix: str) -> list[float | None]:
-        return [(line.get(f"{prefix}{kind}") or {}).get("accuracy") for line in own]
-
-    def mean(values: Sequence[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return float(np.mean(known)) if known else None
-
-    by = {"description": accuracies(""), "lookup": accuracies("lookup_"), "shuffled": accuracies("shuffled_")}
+    prefixes = {"description": "", "lookup": "lookup_", "shuffled": "shuffled_"}
+    by = {name: [_value(line, f"{prefix}{kind}", "accuracy") for line in own] for name, prefix in prefixes.items()}
     by["chance"] = [line[kind]["chance"] for line in own]
     pairs = {control: list(zip(by["description"], by[control], strict=True)) for control in ("chance", "shuffled", "lookup")}
     return {
-        "accuracy": {name: mean(values) for name, values in by.items()}, "units": len(own),
+        "accuracy": {name: _mean(values) for name, values in by.items()}, "units": len(own),
         "margins": {control: _margin(of, resamples, seed) for control, of in pairs.items()},
         "places": np.sum([line[kind]["places"] for line in own], axis=0).tolist() if own else None,
     }  # fmt: skip
 
 
-def _balanced(line: Line, key: str) -> float | None:
-    judged = line.get(key)
-    value: float | None = None if judged is None else judged["balanced_accuracy"]
+def _value(line: Line, key: str, name: str) -> float | None:
+    """Return one figure of several that a line has under `key`; None where it has none."""
+    value: float | None = (line.get(key) or {}).get(name)
     return value
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def figures_of(line: Line) -> dict[str, float | None]:
     """Return the figures of a line that units of different dictionaries are compared by."""
-    judged = {f"{kind} {name}": (line.get(kind) or {}).get(name) for kind in KINDS for name in ("balanced_accuracy", "auc")}
-    picked = {f"{kind} accuracy": (line.get(kind) or {}).get("accuracy") for kind in CHOICE_KINDS}
+    judged = {f"{kind} {name}": _value(line, kind, name) for kind in KINDS for name in ("balanced_accuracy", "auc")}
+    picked = {f"{kind} accuracy": _value(line, kind, "accuracy") for kind in CHOICE_KINDS}
     simulated = {key: line.get(key) for key in ("ev_correlation", "population_correlation", "hard_correlation")}
     return {**simulated, **judged, **picked}
 

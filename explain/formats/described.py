@@ -15,6 +15,7 @@ from explain.examples import Example, Unit
 from explain.formats.lines import Record
 from explain.judge import judged, questions
 from explain.scores import correlation_intervals, correlation_scores
+from explain.summary import OF_UNITS
 from sae.evaluation.bootstrap import plain
 from sae.sae import LatentStatistics
 
@@ -64,7 +65,7 @@ class Explanations:
         predicted = {line["unit"]: line.get("predicted") or [] for line in read_json_lines(folder / "results.jsonl")}
         summary_file = folder / "summary.json"
         summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.exists() else {}
-        instrument = {name: value for name, value in summary.items() if name != "dictionaries"}
+        instrument = {name: value for name, value in summary.items() if name not in OF_UNITS}
         return cls(units, scores, predicted, instrument, latents or {})
 
     def by_dictionary(self) -> dict[str, list[Unit]]:
