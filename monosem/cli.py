@@ -5,7 +5,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -190,6 +190,10 @@ def steer(
     scale: Annotated[float | None, typer.Option(help="multiply it")] = None,
     add: Annotated[float | None, typer.Option(help="add this much of its direction")] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="set it to zero")] = False,
+    min_clamp: Annotated[str | None, typer.Option(help="as --clamp, but only where it is lower")] = None,
+    ablate_direction: Annotated[bool, typer.Option("--ablate-direction", help="take out all along its direction")] = False,
+    positions: Annotated[str, typer.Option(help="which tokens are steered: all, prompt or response")] = "all",
+    keep_norm: Annotated[bool, typer.Option("--keep-norm", help="keep the length of what is steered")] = False,
     tokens: Annotated[int, typer.Option(min=1, help="how many tokens to write")] = 60,
     name: Annotated[str | None, typer.Option("--sae", help="the SAE's name, in a run that trained several")] = None,
 ) -> None:
@@ -197,37 +201,48 @@ def steer(
     from monosem.progress import console, progress_bar
     from monosem.run import Run
     from sae.formats.saelens import save_latents
-    from sae.intervene import Ablate, Add, Clamp, Edit, Scale
+    from sae.intervene import Ablate, AblateDirection, Add, Clamp, Edit, Positions, Scale
     from sae.statistics import latent_statistics
     from sae.steer import steer as steer_text
 
     edits: list[Edit] = []
-    if clamp is not None:
-        times = clamp.lower().endswith("x")
+    for option, target in (("--clamp", clamp), ("--min-clamp", min_clamp)):
+        if target is None:
+            continue
+        times = target.lower().endswith("x")
         try:
-            value = float(clamp.lower().removesuffix("x"))
+            value = float(target.lower().removesuffix("x"))
         except ValueError:
-            raise InputError(f"--clamp: {clamp!r} given; allowed: a multiple such as 5x, or a value such as 4.0") from None
-        edits.append(Clamp(feature, times_max=value) if times else Clamp(feature, value=value))
+            raise InputError(f"{option}: {target!r} given; allowed: a multiple such as 5x, or a value such as 4.0") from None
+        by = {"times_max": value} if times else {"value": value}
+        edits.append(Clamp(feature, **by, minimum=option == "--min-clamp"))
     if scale is not None:
         edits.append(Scale(feature, scale))
     if add is not None:
         edits.append(Add(feature, add))
     if ablate:
         edits.append(Ablate(feature))
+    if ablate_direction:
+        edits.append(AblateDirection(feature))
     if len(edits) != 1:
-        raise InputError(f"steer: give exactly one of --clamp, --scale, --add, --ablate ({len(edits)} given)")
+        options = "--clamp, --min-clamp, --scale, --add, --ablate, --ablate-direction"
+        raise InputError(f"steer: give exactly one of {options} ({len(edits)} given)")
+    if positions not in ("all", "prompt", "response"):
+        raise InputError(f"--positions: {positions!r} given; allowed: all, prompt, response")
     if not prompt:
         raise InputError("--prompt: '' given; allowed: some text")
     opened = Run.of_folder(run_folder)
     sae = opened.sae(name)
     if not 0 <= feature < sae.cfg.d_sae:
         raise InputError(f"--feature: {feature} given; allowed: 0 to {sae.cfg.d_sae - 1}")
-    if sae.latents is None and clamp is not None and clamp.lower().endswith("x"):
+    if sae.latents is None and any(isinstance(edit, Clamp) and edit.times_max is not None for edit in edits):
         with progress_bar("measuring corpus maxima") as bar:
             sae.latents = latent_statistics(sae, opened.store(), progress=bar)
         save_latents(sae.latents, opened.sae_folder(name))
-    text = steer_text(opened.subject.model, opened.subject.tokenizer, sae, edits, prompt, tokens)
+    subject = opened.subject
+    text = steer_text(
+        subject.model, subject.tokenizer, sae, edits, prompt, tokens, positions=cast(Positions, positions), keep_norm=keep_norm
+    )
     for what, written in (("baseline", text.baseline), ("steered", text.steered)):
         console.print(f"{what}:", style="bold")
         console.print(prompt + written, markup=False)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sae.config import SteerConfig
-from sae.intervene import Clamp, Edit, intervene
+from sae.intervene import Clamp, Edit, Positions, intervene
 from sae.sae import SAE
 
 
@@ -34,13 +34,14 @@ def complete(model: Any, tokenizer: Any, prompt: str, tokens: int, *, prepend_bo
 
 
 def steer(
-    model: Any, tokenizer: Any, sae: SAE, edits: list[Edit], prompt: str, tokens: int, *, baseline: str | None = None
-) -> SteeredText:
-    """Generate with and without `edits`; a baseline already at hand is not generated again."""
+    model: Any, tokenizer: Any, sae: SAE, edits: list[Edit], prompt: str, tokens: int, *, baseline: str | None = None,
+    positions: Positions = "all", keep_norm: bool = False,
+) -> SteeredText:  # fmt: skip
+    """Generate with and without `edits`, as `intervene` makes them; a baseline already at hand is not generated again."""
     bos = bool(sae.cfg.metadata.get("prepend_bos", False))
     if baseline is None:
         baseline = complete(model, tokenizer, prompt, tokens, prepend_bos=bos)
-    with intervene(model, sae, edits):
+    with intervene(model, sae, edits, positions=positions, keep_norm=keep_norm):
         steered = complete(model, tokenizer, prompt, tokens, prepend_bos=bos)
     return SteeredText(prompt, baseline, steered)
 

@@ -157,6 +157,12 @@ def test_stages_alone_in_order(tiny_config, tmp_path, capsys, monkeypatch):
         (["--scale", "1.0"], False),
         (["--add", "300"], True),
         (["--ablate"], None),
+        (["--min-clamp", "50x"], True),
+        (["--min-clamp", "0"], False),  # a latent is never below
+        (["--ablate-direction"], None),
+        (["--add", "300", "--keep-norm"], True),
+        (["--add", "300", "--positions", "response"], True),
+        (["--add", "300", "--positions", "prompt"], True),
     ],
 )
 def test_steer(finished, capsys, monkeypatch, flags, differs):
@@ -242,11 +248,14 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_2(tiny_config, tmp_
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("flags", [[], ["--clamp", "5x", "--ablate"], ["--clamp", "lots"]])
+@pytest.mark.parametrize("flags", [[], ["--clamp", "5x", "--ablate"], ["--clamp", "lots"], ["--clamp", "1", "--min-clamp", "1"]])
 def test_steer_refuses_unclear_edits(finished, capsys, monkeypatch, flags):
     code, _, err = monosem_cli(capsys, monkeypatch, "steer", finished, "--feature", 1, "--prompt", "a", *flags)
     assert code == 2
     assert "--clamp" in err
+    args = ("steer", finished, "--feature", 1, "--prompt", "a", "--ablate", "--positions", "answer")
+    code, _, err = monosem_cli(capsys, monkeypatch, *args)
+    assert (code, "--positions: 'answer' given; allowed: all, prompt, response" in err) == (2, True)
     code, _, err = monosem_cli(capsys, monkeypatch, "steer", finished, "--feature", 64, "--prompt", "a", "--ablate")
     assert (code, "--feature: 64 given; allowed: 0 to 63" in err) == (2, True)
 
