@@ -122,7 +122,7 @@ class _Change:
     """An edit as numbers: what is done to a latent, by how much, and where else something has to fire for it."""
 
     latent: int
-    kind: Literal["set", "raise", "scale", "add", "add_unit", "project"]
+    kind: Literal["set", "raise", "scale", "add", "project"]
     strength: Strength
     fires: int | None = None
     above: float = 0.0
@@ -142,7 +142,8 @@ class _Change:
             case Scale(latent, factor):
                 return cls(latent, "scale", factor)
             case Add(latent, strength, unit):
-                return cls(latent, "add_unit" if unit else "add", strength)
+                length = float(sae.directions(torch.tensor([latent], device=sae.b_dec.device)).float().norm()) if unit else 1.0
+                return cls(latent, "add", torch.as_tensor(strength, dtype=torch.float32) / length)
             case Ablate(latent):
                 return cls(latent, "set", 0.0)
             case AblateDirection(latent):
@@ -335,9 +336,6 @@ class _Deltas:
         self.sae, self.plan = sae, plan
         self.directions = sae.directions(torch.tensor([c.latent for c in plan], dtype=torch.long, device=device)).float()
         self.strengths = [torch.as_tensor(change.strength, dtype=torch.float32, device=device) for change in plan]
-        for i, change in enumerate(plan):
-            if change.kind == "add_unit":
-                self.strengths[i] = self.strengths[i] / self.directions[i].norm()
         self.projected = [i for i, change in enumerate(plan) if change.kind == "project"]
         rows = self.directions[self.projected]
         # coefficients of the part of x within the span of rows: D x solved by D D^T, which rows along each other leave singular
@@ -345,7 +343,7 @@ class _Deltas:
         self.encodes = any(change.reads or change.fires is not None for change in plan)
 
     def __call__(self, x: Tensor) -> Tensor:
-        f = self.sae.encode(x).float() if self.encodes else None
+        f = self.sae.encode(x) if self.encodes else None
         within = (x @ self.directions[self.projected].T) @ self.inverse if self.inverse is not None else None
         deltas = list[Tensor]()
         for i, change in enumerate(self.plan):
@@ -359,11 +357,11 @@ class _Deltas:
             elif f is None or not change.reads:
                 delta = s.expand(x.shape[:-1])
             else:
-                own = f[..., change.latent]
+                own = f[..., change.latent].float()
                 delta = (s * own if change.kind == "scale" else s) - own
                 delta = delta.clamp(min=0) if change.kind == "raise" else delta
             if f is not None and change.fires is not None:
-                delta = torch.where(f[..., change.fires] > change.above, delta, 0.0)
+                delta = torch.where(f[..., change.fires].float() > change.above, delta, 0.0)
             deltas.append(delta)
         return torch.stack(deltas, -1) @ self.directions if deltas else torch.zeros_like(x)
 
